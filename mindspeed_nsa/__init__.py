@@ -1,0 +1,7 @@
+"""Native Sparse Attention for MindSpeed and Megatron-core."""
+
+from . import ops
+from .attention import NativeSparseAttention
+from .config import NSAConfig
+
+__all__ = ["NSAConfig", "NativeSparseAttention", "ops"]

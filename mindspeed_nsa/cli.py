@@ -1,0 +1,84 @@
+"""The `mindspeed-nsa` command."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, help="Native Sparse Attention for Megatron-core.")
+
+# The class of every fault in the arguments; typer exports it under no name of its own.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; what a user got wrong is one line on stderr and exit code 2."""
+    # Megatron-core says so several times on import; here it is no news.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    try:
+        sys.exit(app(arguments, standalone_mode=False))
+    except _UsageError as error:
+        message = error.format_message()
+    except ValueError as error:
+        message = str(error)
+    print(f"mindspeed-nsa: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[list[Path] | None, typer.Argument(help="Text files, and folders of them.")] = None,
+    *,
+    output_prefix: Annotated[Path, typer.Option(help="What is written is PREFIX_train and PREFIX_valid.")],
+    python_sources: Annotated[bool, typer.Option("--python-sources", help="Take the standard library of this Python.")] = False,
+    suffixes: Annotated[
+        list[str] | None, typer.Option("--suffix", help="What to take from folders; may be repeated. [.txt and .md]")
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the files held out for evaluation; 0 for none.")] = 0.05,
+    tokenizer_type: Annotated[str, typer.Option(help="ByteTokenizer or HuggingFaceTokenizer.")] = "ByteTokenizer",
+    tokenizer_model: Annotated[str | None, typer.Option(help="The tokenizer.json of a HuggingFaceTokenizer.")] = None,
+) -> None:
+    """Turn text into the datasets that Megatron trains on (.bin and .idx), one document a file."""
+    from mindspeed_nsa.pretrain import prepare as preparing
+    from mindspeed_nsa.pretrain.tokenizer import build_tokenizer
+
+    sources = list(inputs or [])
+    if python_sources:
+        sources += preparing.python_sources()
+        suffixes = [*(suffixes or []), ".py"]
+    if not sources:
+        raise ValueError("prepare: give text files or folders, or --python-sources")
+    summary = preparing.prepare(
+        sources,
+        output_prefix,
+        build_tokenizer(tokenizer_type, tokenizer_model),
+        suffixes=suffixes or [".txt", ".md"],
+        held_out=held_out,
+    )
+    print(f"{output_prefix}_train: {summary.train_documents} documents, {summary.train_tokens:,} tokens")
+    if summary.valid_documents:
+        print(f"{output_prefix}_valid: {summary.valid_documents} documents, {summary.valid_tokens:,} tokens")
+    if summary.not_text:
+        print(f"left out, not UTF-8: {len(summary.not_text)} files, the first is {summary.not_text[0]}")
+
+
+@app.command()
+def summary(run_dir: Annotated[Path, typer.Argument(help="The run's logging.run_dir.")]) -> None:
+    """Say what a run has learned."""
+    from mindspeed_nsa.pretrain.summary import describe
+
+    print(describe(run_dir))
+
+
+@app.command()
+def plot(
+    run_dirs: Annotated[list[Path], typer.Argument(help="The runs' logging.run_dir.")],
+    output: Annotated[Path, typer.Option(help="The picture, a PNG.")],
+) -> None:
+    """Draw the loss of runs."""
+    from mindspeed_nsa.pretrain.summary import plot as draw
+
+    draw(run_dirs, output)
+    print(output)

@@ -1,0 +1,64 @@
+"""Which code runs an operator: a small registry of modules whose functions are named as in `reference`."""
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+_MODULES = {name: f"{__package__}.{name}" for name in ("reference", "cpu", "ascend")}
+_OF_DEVICE = {"npu": "ascend", "cpu": "cpu"}
+_logger = logging.getLogger(__name__)
+_chosen = "auto"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the operators called inside on one backend.
+
+    Args:
+        name: `reference`, `cpu` or `ascend`; `auto` is the default elsewhere: ascend on NPU tensors, cpu on CPU tensors, else
+            the reference.
+
+    Raises:
+        ValueError: there is no backend of that name in this installation.
+    """
+    global _chosen
+    if name != "auto":
+        load(name, "cpu")
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def resolve(name: str) -> str:
+    """The backend for a caller that asks for `name`: `auto` defers to `use_backend`, and stays `auto` outside of one."""
+    return _chosen if name == "auto" else name
+
+
+@cache
+def load(name: str, device_type: str) -> ModuleType:
+    """The module that runs tensors on `device_type` for a resolved backend name.
+
+    Raises:
+        ValueError: there is no backend of that name in this installation.
+    """
+    if name == "auto":
+        name = _OF_DEVICE.get(device_type, "reference")
+        if not _installed(name):
+            _logger.warning(
+                "no native %s kernels in this installation: the operators run on the reference, which is slow", name
+            )
+            name = "reference"
+    if not _installed(name):
+        here = ", ".join(filter(_installed, _MODULES))
+        raise ValueError(f"backend {name!r} is not in this installation; allowed: auto, {here}")
+    return importlib.import_module(_MODULES[name])
+
+
+def _installed(name: str) -> bool:
+    return name in _MODULES and importlib.util.find_spec(_MODULES[name]) is not None

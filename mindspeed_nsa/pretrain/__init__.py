@@ -1,0 +1,1 @@
+"""A trainer for job files, on the parts that Megatron-core's wheel has."""

@@ -1,0 +1,35 @@
+"""`python -m mindspeed_nsa.pretrain --config FILE [section.key=value ...]`, under torchrun or alone."""
+
+import argparse
+import os
+import sys
+
+from mindspeed_nsa.pretrain.job import Job
+
+
+def main() -> int:
+    """Run a job from the command line.
+
+    Returns:
+        0, or 2 for what a user got wrong, with one line about it on the standard error of each node.
+    """
+    parser = argparse.ArgumentParser(prog="python -m mindspeed_nsa.pretrain", description="Train a GPT from a job file.")
+    parser.add_argument("--config", required=True, help="job file, such as configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="takes the place of the file's value")
+    arguments = parser.parse_args()
+    try:
+        job = Job.from_file(arguments.config, arguments.overrides)
+        # A wrong job file is told before the seconds that importing torch and Megatron takes.
+        from mindspeed_nsa.pretrain.trainer import run
+
+        run(job)
+    except ValueError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+# Saving a checkpoint starts processes that import this module again.
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""Checkpoints: Megatron's distributed format, which any layout can load, with the job beside it as JSON.
+
+A checkpoint is a folder `iter_0000020`, and `latest_checkpointed_iteration.txt` beside it names the latest. Nothing
+that a file says is executed: tensors are loaded with `weights_only`, and the one pickle that torch reads without
+it is first read by an unpickler that knows the classes of torch's metadata alone.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from mindspeed_nsa.pretrain.job import Job
+
+_LATEST = "latest_checkpointed_iteration.txt"
+# What may differ between a checkpoint and the job that loads it, because no weight's meaning depends on it.
+_FREE = {
+    "model": {"seq_length", "max_position_embeddings", "init_method_std", "hidden_dropout", "attention_dropout"},
+    "nsa": {"backend", "strict"},
+}
+# Layers may differ in kind, so each is stored under its own number.
+_MODEL_METADATA = {"non_homogeneous_layers": True}
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+@dataclass
+class State:
+    """What a checkpoint holds of a run: the model without its wrappers, its optimizer and its parameter scheduler."""
+
+    model: Any
+    optimizer: Any
+    scheduler: Any
+    progress: Progress
+
+    def sharded(self, job: Job, *, is_loading: bool, with_random: bool = True) -> dict[str, Any]:
+        """The state as Megatron's sharded state dict."""
+        model = self.model.sharded_state_dict(metadata=_MODEL_METADATA)
+        options = {"sharding_type": "fully_sharded_model_space"} if job.parallel.use_distributed_optimizer else {}
+        sharded = {
+            "model": model,
+            "optimizer": self.optimizer.sharded_state_dict(model, is_loading=is_loading, **options),
+            "scheduler": self.scheduler.state_dict(),
+            "iteration": self.progress.iteration,
+            "consumed_samples": self.progress.consumed_samples,
+        }
+        if with_random:
+            ranks = torch.distributed.get_world_size()
+            offset = (0, torch.distributed.get_rank(), ranks)
+            sharded["random"] = ShardedTensor.from_rank_offsets("random", torch.cat(_random_states()), offset)
+        return sharded
+
+
+def find(path: str) -> Path:
+    """The checkpoint folder that `checkpoint.load` names: itself, or the latest in it.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    folder = Path(path)
+    with contextlib.suppress(OSError):
+        folder = folder / f"iter_{int((folder / _LATEST).read_text()):07d}"
+    if not (folder / "metadata.json").is_file() or not (folder / "job.json").is_file():
+        raise ValueError(f"checkpoint.load: {path}: no checkpoint there (neither {_LATEST} nor a whole iter_ folder)")
+    return folder
+
+
+def check(job: Job) -> None:
+    """Check, without loading any, that the job can load what it names and may save where it says.
+
+    Raises:
+        ValueError: no checkpoint, one of another model, or one in the way of those to be saved.
+    """
+    if job.checkpoint.load:
+        folder = find(job.checkpoint.load)
+        stored = _stored_job(folder)
+        differences = [
+            f"{section}.{key} {stored[section].get(key)!r}, not {value!r}"
+            for section in ("model", "nsa")
+            for key, value in _sections(job)[section].items()
+            if key not in _FREE[section] and stored[section].get(key) != value
+        ]
+        if differences:
+            raise ValueError(f"checkpoint.load: {folder} is of another model: it has {'; '.join(differences[:3])}")
+    save, load = job.checkpoint.save, job.checkpoint.load
+    ours = save and load and Path(save).resolve() in (Path(load).resolve(), Path(load).resolve().parent)
+    if save and not ours and (Path(save) / _LATEST).exists():
+        raise ValueError(
+            f"checkpoint.save: {save} holds the checkpoints of a run; go on from it with checkpoint.load={save} or "
+            "name another folder"
+        )
+
+
+def save(job: Job, state: State) -> Path:
+    """Save a checkpoint. Every rank calls it; the folder appears whole or not at all.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    assert job.checkpoint.save
+    root = Path(job.checkpoint.save)
+    folder = root / f"iter_{state.progress.iteration:07d}"
+    unfinished = root / f".{folder.name}"
+    first = torch.distributed.get_rank() == 0
+    if first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(state.sharded(job, is_loading=False), str(unfinished))
+    if first:
+        (unfinished / "job.json").write_text(json.dumps({**_sections(job), "layout": _layout(job)}), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(unfinished, folder)
+        latest = root / f".{_LATEST}"
+        latest.write_text(f"{state.progress.iteration}\n")
+        os.replace(latest, root / _LATEST)
+    torch.distributed.barrier()
+    return folder
+
+
+def load(job: Job, state: State) -> str:
+    """Load the checkpoint that `checkpoint.load` names into a state. Every rank calls it.
+
+    Returns:
+        A line that says what was loaded.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or its metadata is not what torch writes.
+    """
+    assert job.checkpoint.load
+    folder = find(job.checkpoint.load)
+    _check_weights(state.model, folder)
+    same_layout = _stored_job(folder)["layout"] == _layout(job)
+    with _weights_only():
+        loaded = dist_checkpointing.load(
+            state.sharded(job, is_loading=True, with_random=same_layout), str(folder), strict="assume_ok_unexpected"
+        )
+    state.model.load_state_dict(loaded["model"])
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    state.scheduler.load_state_dict(loaded["scheduler"])
+    state.progress.iteration, state.progress.consumed_samples = loaded["iteration"], loaded["consumed_samples"]
+    if same_layout:
+        _set_random_states(loaded["random"])
+    note = "" if same_layout else ", saved on another layout: random states start anew"
+    return f"loaded {folder} (iteration {state.progress.iteration}{note})"
+
+
+def _sections(job: Job) -> dict[str, Any]:
+    model = job.model.model_dump(mode="json")
+    return {"model": model, "nsa": job.nsa.model_dump(mode="json") if job.nsa.enabled else {"enabled": False}}
+
+
+def _layout(job: Job) -> list[int]:
+    parallel = job.parallel
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return [ranks, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size]
+
+
+def _stored_job(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint.load: {folder / 'job.json'}: {error}") from None
+
+
+def _check_weights(model: Any, folder: Path) -> None:
+    """Compare names and shapes of the whole model, over all ranks, with what is stored."""
+    sharded = model.sharded_state_dict(metadata=_MODEL_METADATA)
+    apply_factories(sharded)
+    mine = {value.key: tuple(value.global_shape) for value in nested_values(sharded) if isinstance(value, ShardedTensor)}
+    gathered: list[dict[str, tuple[int, ...]]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, mine)
+    wanted = {key: shape for part in gathered for key, shape in part.items()}
+    found = {key: shape for key, shape in _stored_shapes(folder).items() if not key.startswith(("optimizer.", "random"))}
+    differences = [f"it lacks {key}" for key in sorted(wanted.keys() - found.keys())]
+    differences += [f"it has {key}" for key in sorted(found.keys() - wanted.keys())]
+    differences += [
+        f"{key} has shape {list(found[key])}, not {list(wanted[key])}"
+        for key in sorted(wanted.keys() & found.keys())
+        if wanted[key] != found[key]
+    ]
+    if differences:
+        raise ValueError(f"checkpoint.load: {folder} is of another model: {'; '.join(differences[:3])}")
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a checkpoint, by name."""
+    try:
+        with (folder / ".metadata").open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"checkpoint.load: {folder / '.metadata'}: {error}") from None
+    return {key: tuple(value.size) for key, value in metadata.state_dict_metadata.items() if hasattr(value, "size")}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads the metadata of torch's distributed checkpoints and refuses anything else that a pickle can ask for."""
+
+    # Modules whose classes are plain records, and the single names that they hold.
+    MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    NAMES = (
+        ("torch", "Size"),
+        ("torch", "device"),
+        ("torch.serialization", "_get_layout"),
+        ("collections", "OrderedDict"),
+        ("pathlib", "PosixPath"),
+        ("builtins", "set"),
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        record = module in self.MODULES and name.lstrip("_")[:1].isupper() and "." not in name
+        if not (dtype or record or (module, name) in self.NAMES):
+            raise pickle.UnpicklingError(f"refused to load {module}.{name}, which has no place in a checkpoint")
+        return super().find_class(module, name)
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Make every torch.load weights_only, whatever its caller asks for, as some of Megatron's and torch's do not."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _random_states() -> list[torch.Tensor]:
+    """Flat states of this rank's random generators, in a fixed order."""
+    tracked = tensor_parallel.get_cuda_rng_tracker().get_states()
+    return [torch.get_rng_state(), torch.cuda.get_rng_state(), *(tracked[name] for name in sorted(tracked))]
+
+
+def _set_random_states(states: torch.Tensor) -> None:
+    current = _random_states()
+    cpu, device, *tracked = states.split([len(state) for state in current])
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracker.set_states(dict(zip(sorted(tracker.get_states()), tracked, strict=True)))
+    torch.cuda.set_rng_state(device.clone())
+    torch.set_rng_state(cpu.clone())

@@ -1,0 +1,221 @@
+"""A job's GPT: Megatron-core's own, with the modules that it lacks where there is no Transformer Engine."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from mindspeed_nsa.pretrain.job import Job
+
+# The vocabulary is padded to a multiple of this, whatever the layout, so that checkpoints fit every layout.
+_VOCABULARY_MULTIPLE = 128
+
+
+def build_model(job: Job, vocab_size: int) -> GPTModel:
+    """Build this rank's part of the model, with weights that depend on the seed and not on the layout.
+
+    Args:
+        job: the model, its attention and its layout.
+        vocab_size: of the tokenizer.
+    """
+    parallel_rank = parallel_state.get_pipeline_model_parallel_rank()
+    last_rank = parallel_state.get_pipeline_model_parallel_world_size() - 1
+    torch.manual_seed(job.training.seed)
+    return GPTModel(
+        config=transformer_config(job),
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=_layer_specs(job), layer_norm=Norm),
+        vocab_size=padded_vocabulary(vocab_size, job.parallel.tensor_model_parallel_size),
+        max_sequence_length=job.model.max_position_embeddings or job.model.seq_length,
+        pre_process=parallel_rank == 0,
+        post_process=parallel_rank == last_rank,
+        share_embeddings_and_output_weights=not job.model.untie_embeddings_and_output_weights,
+        position_embedding_type=job.model.position_embedding_type,
+        rotary_percent=job.model.rotary_percent,
+        rotary_base=job.model.rotary_base,
+    )
+
+
+def padded_vocabulary(vocab_size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding: a multiple of 128 that tensor parallelism can split."""
+    multiple = math.lcm(_VOCABULARY_MULTIPLE, tensor_parallel_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(job: Job) -> TransformerConfig:
+    """Megatron's configuration of a job."""
+    model, parallel = job.model, job.parallel
+    dtype = torch.bfloat16 if job.training.bf16 else torch.float32
+    settings: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": _ffn_hidden_size(job),
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.query_groups,
+        "kv_channels": model.head_width,
+        "normalization": model.normalization,
+        "layernorm_epsilon": model.norm_epsilon,
+        "gated_linear_unit": model.swiglu,
+        "activation_func": F.silu if model.swiglu else F.gelu,
+        "add_bias_linear": model.add_bias_linear,
+        "add_qkv_bias": model.add_qkv_bias,
+        "qk_layernorm": model.qk_layernorm,
+        "init_method_std": model.init_method_std,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "recompute_granularity": parallel.recompute_granularity,
+        "recompute_method": parallel.recompute_method,
+        "recompute_num_layers": parallel.recompute_num_layers,
+        "bf16": job.training.bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        # Each rank draws the whole weight from one seed and keeps its part.
+        "use_cpu_initialization": True,
+    }
+    if not model.multi_latent_attention:
+        return TransformerConfig(**settings)
+    return MLATransformerConfig(
+        **settings,
+        multi_latent_attention=True,
+        q_lora_rank=model.q_lora_rank,
+        kv_lora_rank=model.kv_lora_rank,
+        qk_head_dim=model.qk_head_dim,
+        qk_pos_emb_head_dim=model.qk_pos_emb_head_dim,
+        v_head_dim=model.v_head_dim or 128,
+        rope_type="rope",
+        rotary_base=model.rotary_base,
+        rotary_percent=model.rotary_percent,
+    )
+
+
+def _ffn_hidden_size(job: Job) -> int:
+    model = job.model
+    if model.ffn_hidden_size:
+        return model.ffn_hidden_size
+    # A gated network has three matrices for two: 2/3 of the width keeps its size, in whole 64s as Megatron has it.
+    return int(4 * model.hidden_size * 2 / 3) // 64 * 64 if model.swiglu else 4 * model.hidden_size
+
+
+def _layer_specs(job: Job) -> list[ModuleSpec]:
+    """Specs of this pipeline stage's layers."""
+    count = job.model.num_layers // job.parallel.pipeline_model_parallel_size
+    first = count * parallel_state.get_pipeline_model_parallel_rank()
+    specs = [_dense_layer_spec(job, number) for number in range(first, first + count)]
+    if not job.nsa.enabled:
+        return specs
+    from mindspeed_nsa.patches.megatron_core import with_nsa
+
+    return with_nsa(specs, job.nsa, v_head_dim=job.model.v_head_dim, first_layer=first)
+
+
+def _dense_layer_spec(job: Job, number: int) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(
+        qk_layernorm=job.model.qk_layernorm, multi_latent_attention=job.model.multi_latent_attention
+    )
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = Norm
+    attention.core_attention = CausalAttention
+    for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+        if getattr(attention, name, IdentityOp) is not IdentityOp:
+            setattr(attention, name, Norm)
+    if job.model.swiglu:
+        layer.mlp.submodules.linear_fc1 = GatedColumnParallelLinear
+    spec.module = SeededTransformerLayer
+    spec.params = {"seed": job.training.seed + 1 + number}
+    return spec
+
+
+class SeededTransformerLayer(TransformerLayer):
+    """A layer with weights from a seed of its own: the same whichever layers are built before it on this rank."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, seed: int, **kwargs: Any) -> None:
+        torch.manual_seed(seed)
+        super().__init__(config, *args, **kwargs)
+
+
+class Norm:
+    """RMSNorm or LayerNorm that Megatron's sequence parallelism can use: it sums their gradients over the ranks."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:  # type: ignore[misc]
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(hidden_size, eps=eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+
+class GatedColumnParallelLinear(ColumnParallelLinear):
+    """The first layer of a gated MLP: its rows are gates, then values, and each rank keeps a part of both."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "stride": 2})
+
+
+class CausalAttention(MegatronModule):
+    """Dense causal attention that never builds a mask of [s, s], where Megatron's own does.
+
+    Args:
+        config: Megatron's configuration.
+        softmax_scale: multiplies the scores, 1 / sqrt(width of a head) by default.
+        unused: what Megatron hands to every core.
+    """
+
+    def __init__(self, config: TransformerConfig, *unused: Any, softmax_scale: float | None = None, **kwargs: Any):
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend to what came before, in each sequence or in each packed sample.
+
+        Args:
+            query: `[s, b, heads, d]`, packed `[t, heads, d]`.
+            key: the same with as many heads or fewer, each for a run of query heads.
+            value: as key, of any width.
+            attention_mask: unused, the attention is causal.
+            attn_mask_type: unused.
+            attention_bias: unused.
+            packed_seq_params: the samples' bounds in `cu_seqlens_q`.
+
+        Returns:
+            `[s, b, heads * width of value]`, packed `[t, heads * width of value]`.
+        """
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        samples = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
+        return torch.cat([self._attend(*sample) for sample in samples]).squeeze(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        heads, width = query.shape[2], value.shape[-1]
+        key, value = (tensor.repeat_interleave(heads // tensor.shape[2], dim=2) for tensor in (key, value))
+        # The kernel that builds no score matrix takes one width for all three.
+        value = F.pad(value, (0, query.shape[-1] - width))
+        out = F.scaled_dot_product_attention(
+            *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)), is_causal=True, scale=self.softmax_scale
+        )
+        return out[..., :width].permute(2, 0, 1, 3).flatten(2)
