@@ -31,7 +31,7 @@ make_environment() {
   else
     "$python" -m venv "$folder"
   fi
-  local -a pip=("$folder/bin/python" -m pip --disable-pip-version-check install --quiet)
+  local -a pip=("$folder/bin/python" -m pip --disable-pip-version-check install --quiet --no-compile)
   if ! "$folder/bin/python" -c 'import torch' 2> /dev/null; then
     echo "installing ${torch[*]}"
     "${pip[@]}" "${torch[@]}"

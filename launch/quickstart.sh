@@ -25,8 +25,10 @@ if [[ $# -eq 0 && -f $run_dir/sample.txt ]]; then
   echo "$run_dir is there; remove it to train again"
 else
   rm -f "$run_dir/sample.txt"
-  torchrun --standalone --nproc-per-node 2 -m mindspeed_nsa.pretrain --config configs/quickstart.yaml \
-    "logging.run_dir=$run_dir" "$@"
+  # Megatron-core warns a screenful about what only a GPU has.
+  PYTHONWARNINGS=ignore::UserWarning,ignore::FutureWarning \
+    torchrun --standalone --nproc-per-node 2 -m mindspeed_nsa.pretrain --config configs/quickstart.yaml \
+      "logging.run_dir=$run_dir" "$@"
 fi
 
 printf '\n== 4/4  what was learned\n'

@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(app(arguments, standalone_mode=False))
     except _UsageError as error:
         message = error.format_message()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         message = str(error)
     print(f"mindspeed-nsa: {message}", file=sys.stderr)
     sys.exit(2)

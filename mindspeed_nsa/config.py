@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -101,7 +101,6 @@ class NSAConfig(Section):
                 f"select_block_count: {self.select_block_count} leaves no room for the forced blocks, "
                 f"init_blocks {self.init_blocks} + local_blocks {self.local_blocks}"
             )
-        self.nsa_layers(num_layers=1)
         return self
 
     @model_validator(mode="after")
@@ -121,22 +120,32 @@ class NSAConfig(Section):
             )
         return self
 
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, layers: str | list[int]) -> str | list[int]:
+        if isinstance(layers, list):
+            if any(number < 0 for number in layers) or len(set(layers)) < len(layers):
+                raise ValueError(f"{layers} must be different numbers from 0")
+        elif layers != "all" and (not re.fullmatch(r"-?\d*:-?\d*(:[1-9]\d*)?", layers)):
+            raise ValueError(f"{layers!r} is none of `all`, a list of numbers, a slice such as `1::2`")
+        return layers
+
     def nsa_layers(self, num_layers: int) -> list[int]:
-        """The layers, counted from 0, whose attention is NSA.
+        """The layers of `num_layers`, counted from 0, whose attention is NSA.
 
         Raises:
-            ValueError: `layers` is not `all`, a list, or a slice.
+            ValueError: `layers` names none, or one that the model does not have.
         """
-        numbers = range(num_layers)
         if self.layers == "all":
-            return list(numbers)
+            return list(range(num_layers))
         if isinstance(self.layers, list):
-            if any(number < 0 for number in self.layers) or len(set(self.layers)) < len(self.layers):
-                raise ValueError(f"layers: {self.layers} must be different numbers from 0")
-            return [number for number in numbers if number in self.layers]
-        if not re.fullmatch(r"-?\d*:-?\d*(:-?\d+)?", self.layers) or self.layers.endswith(":0"):
-            raise ValueError(f"layers: {self.layers!r} is none of `all`, a list of numbers, a slice such as `1::2`")
-        return sorted(numbers[slice(*(int(part) if part else None for part in self.layers.split(":")))])
+            chosen = sorted(self.layers)
+        else:
+            bounds = (int(part) if part else None for part in self.layers.split(":"))
+            chosen = list(range(num_layers)[slice(*bounds)])
+        if not chosen or chosen[-1] >= num_layers:
+            raise ValueError(f"layers: {self.layers} names none, or too many, of the layers 0 to {num_layers - 1}")
+        return chosen
 
 
 # What the NSA operators document as supported (contract sections 2 and 3).
@@ -183,7 +192,9 @@ def explain(error: ValidationError, section: type[BaseModel]) -> str:
         return f"{key}: unknown key; {hint}"
     if fault["type"] == "value_error":
         message = str(fault["ctx"]["error"])
-        return f"{key}.{message}" if key else message
+        # A validator of one field does not repeat its name; one of a whole section says which key it means.
+        is_section = not key or isinstance(fault["input"], dict)
+        return f"{key}.{message}".lstrip(".") if is_section else f"{key}: {message}"
     return f"{key}: {fault['msg'][0].lower()}{fault['msg'][1:]}, given {fault['input']!r}"
 
 

@@ -9,13 +9,16 @@ import contextlib
 import functools
 import importlib
 import inspect
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import torch
 from torch.overrides import TorchFunctionMode
 
+_ABSENT = object()
 _replaced: list[tuple[Any, str, Any]] = []
 _mode: "CPUDeviceMode | None" = None
 
@@ -40,8 +43,9 @@ def install() -> None:
     for target, stand_in in {**_CUDA, **_megatron_stand_ins()}.items():
         owner_name, name = target.rsplit(".", 1)
         owner = importlib.import_module(owner_name)
-        _replaced.append((owner, name, getattr(owner, name)))
+        _replaced.append((owner, name, getattr(owner, name, _ABSENT)))
         setattr(owner, name, stand_in)
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_is_news)
     _mode = CPUDeviceMode()
     _mode.__enter__()
 
@@ -53,8 +57,13 @@ def uninstall() -> None:
         return
     _mode.__exit__(None, None, None)
     _mode = None
+    logging.getLogger("megatron.core.tensor_parallel.random").removeFilter(_is_news)
     while _replaced:
-        setattr(*_replaced.pop())
+        owner, name, original = _replaced.pop()
+        if original is _ABSENT:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
 
 
 class CPUDeviceMode(TorchFunctionMode):
@@ -75,6 +84,11 @@ class CPUDeviceMode(TorchFunctionMode):
             # Its optimizers tell trainable tensors by names such as torch.cuda.FloatTensor.
             return result.replace("torch.", "torch.cuda.", 1)
         return result
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Megatron's random number tracker warns that drawing on the device moved the CPU's generator: here they are one."""
+    return "CPU RNG state changed" not in record.getMessage()
 
 
 def _is_cuda(device: Any) -> bool:
@@ -127,6 +141,9 @@ def _megatron_stand_ins() -> dict[str, Any]:
         "megatron.core.optimizer.distrib_optimizer.quantize_param_shard": lambda *args, **kwargs: None,
         **_write_item_with_format(),
     }
+    if not hasattr(numpy, "product"):
+        # Megatron-core 0.12's checkpoints of a distributed optimizer; numpy 2 has it under one name alone.
+        stand_ins["numpy.product"] = numpy.prod
     from megatron.core.transformer import multi_latent_attention
 
     if hasattr(multi_latent_attention, "HAVE_TE"):

@@ -58,6 +58,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_that_cannot_be_written_is_named(capsys, corpus):
+    code, _, err = run(capsys, "prepare", corpus, "--output-prefix", corpus / "0.txt" / "x")
+    assert code == 2
+    assert f"{corpus}/0.txt" in err and err.count("\n") == 1
+
+
 def test_help_is_no_mistake(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0

@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+import time
+import warnings
 
 from mindspeed_nsa.pretrain.job import Job
 
@@ -17,6 +19,8 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="job file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="takes the place of the file's value")
     arguments = parser.parse_args()
+    # Megatron-core says on import, several times a rank, what it goes without; none of it is needed here.
+    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
     try:
         job = Job.from_file(arguments.config, arguments.overrides)
         # A wrong job file is told before the seconds that importing torch and Megatron takes.
@@ -25,7 +29,10 @@ def main() -> int:
         run(job)
     except ValueError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            # torchrun stops all ranks when the first one ends: that must be the one that has something to say.
+            time.sleep(2)
         return 2
     return 0
 

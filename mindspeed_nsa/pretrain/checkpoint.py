@@ -13,21 +13,19 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from mindspeed_nsa.pretrain.job import Job
 
 _LATEST = "latest_checkpointed_iteration.txt"
 # What may differ between a checkpoint and the job that loads it, because no weight's meaning depends on it.
-_FREE = {
-    "model": {"seq_length", "max_position_embeddings", "init_method_std", "hidden_dropout", "attention_dropout"},
-    "nsa": {"backend", "strict"},
-}
+_FREE = {"seq_length", "max_position_embeddings", "init_method_std", "hidden_dropout", "backend", "strict"}
 # Layers may differ in kind, so each is stored under its own number.
 _MODEL_METADATA = {"non_homogeneous_layers": True}
 
@@ -52,10 +50,10 @@ class State:
     def sharded(self, job: Job, *, is_loading: bool, with_random: bool = True) -> dict[str, Any]:
         """The state as Megatron's sharded state dict."""
         model = self.model.sharded_state_dict(metadata=_MODEL_METADATA)
-        options = {"sharding_type": "fully_sharded_model_space"} if job.parallel.use_distributed_optimizer else {}
+        optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, **_optimizer_format(job))
         sharded = {
             "model": model,
-            "optimizer": self.optimizer.sharded_state_dict(model, is_loading=is_loading, **options),
+            "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
             "iteration": self.progress.iteration,
             "consumed_samples": self.progress.consumed_samples,
@@ -67,6 +65,15 @@ class State:
         return sharded
 
 
+def _optimizer_format(job: Job) -> dict[str, Any]:
+    """The format of a distributed optimizer that any layout can load, as this Megatron-core names it."""
+    if not job.parallel.use_distributed_optimizer:
+        return {}
+    if "fully_reshardable" in getattr(DistributedOptimizer, "checkpoint_fully_reshardable_formats", ()):
+        return {"metadata": {"distrib_optim_sharding_type": "fully_reshardable"}}
+    return {"sharding_type": "fully_sharded_model_space"}
+
+
 def find(path: str) -> Path:
     """The checkpoint folder that `checkpoint.load` names: itself, or the latest in it.
 
@@ -74,7 +81,7 @@ def find(path: str) -> Path:
         ValueError: there is no checkpoint.
     """
     folder = Path(path)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         folder = folder / f"iter_{int((folder / _LATEST).read_text()):07d}"
     if not (folder / "metadata.json").is_file() or not (folder / "job.json").is_file():
         raise ValueError(f"checkpoint.load: {path}: no checkpoint there (neither {_LATEST} nor a whole iter_ folder)")
@@ -91,10 +98,10 @@ def check(job: Job) -> None:
         folder = find(job.checkpoint.load)
         stored = _stored_job(folder)
         differences = [
-            f"{section}.{key} {stored[section].get(key)!r}, not {value!r}"
-            for section in ("model", "nsa")
-            for key, value in _sections(job)[section].items()
-            if key not in _FREE[section] and stored[section].get(key) != value
+            f"{section}.{key} {stored.get(section, {}).get(key)!r}, not {value!r}"
+            for section, values in _sections(job).items()
+            for key, value in values.items()
+            if key not in _FREE and stored.get(section, {}).get(key) != value
         ]
         if differences:
             raise ValueError(f"checkpoint.load: {folder} is of another model: it has {'; '.join(differences[:3])}")
@@ -147,10 +154,12 @@ def load(job: Job, state: State) -> str:
     folder = find(job.checkpoint.load)
     _check_weights(state.model, folder)
     same_layout = _stored_job(folder)["layout"] == _layout(job)
-    with _weights_only():
-        loaded = dist_checkpointing.load(
-            state.sharded(job, is_loading=True, with_random=same_layout), str(folder), strict="assume_ok_unexpected"
-        )
+    wanted = state.sharded(job, is_loading=True, with_random=same_layout)
+    try:
+        with _weights_only():
+            loaded = dist_checkpointing.load(wanted, str(folder))
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"checkpoint.load: {folder}: {str(error).splitlines()[0]}") from None
     state.model.load_state_dict(loaded["model"])
     state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["scheduler"])
@@ -161,9 +170,14 @@ def load(job: Job, state: State) -> str:
     return f"loaded {folder} (iteration {state.progress.iteration}{note})"
 
 
-def _sections(job: Job) -> dict[str, Any]:
-    model = job.model.model_dump(mode="json")
-    return {"model": model, "nsa": job.nsa.model_dump(mode="json") if job.nsa.enabled else {"enabled": False}}
+def _sections(job: Job) -> dict[str, dict[str, Any]]:
+    """What a checkpoint and a job that loads it must have in common: the model, and what the optimizer keeps."""
+    return {
+        "model": job.model.model_dump(mode="json"),
+        "nsa": job.nsa.model_dump(mode="json") if job.nsa.enabled else {"enabled": False},
+        "parallel": {"use_distributed_optimizer": job.parallel.use_distributed_optimizer},
+        "training": {"bf16": job.training.bf16},
+    }
 
 
 def _layout(job: Job) -> list[int]:
@@ -212,21 +226,35 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 class _MetadataUnpickler(pickle.Unpickler):
     """Reads the metadata of torch's distributed checkpoints and refuses anything else that a pickle can ask for."""
 
-    # Modules whose classes are plain records, and the single names that they hold.
-    MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    NAMES = (
-        ("torch", "Size"),
-        ("torch", "device"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-        ("builtins", "set"),
-    )
+    NAMES: ClassVar[dict[str, set[str]]] = {
+        "torch.distributed.checkpoint.metadata": {
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.planner": {
+            "BytesIOWriteData",
+            "SavePlan",
+            "TensorWriteData",
+            "WriteItem",
+            "WriteItemType",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size"},
+        "collections": {"OrderedDict"},
+        "pathlib": {"PosixPath"},
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        record = module in self.MODULES and name.lstrip("_")[:1].isupper() and "." not in name
-        if not (dtype or record or (module, name) in self.NAMES):
+        if not dtype and name not in self.NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"refused to load {module}.{name}, which has no place in a checkpoint")
         return super().find_class(module, name)
 

@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -98,6 +99,8 @@ def transformer_config(job: Job) -> TransformerConfig:
         qk_pos_emb_head_dim=model.qk_pos_emb_head_dim,
         v_head_dim=model.v_head_dim or 128,
         rope_type="rope",
+        # YaRN's factor scales the softmax even where positions are plain RoPE; 1 leaves 1 / sqrt(width of a head).
+        rotary_scaling_factor=1.0,
         rotary_base=model.rotary_base,
         rotary_percent=model.rotary_percent,
     )
@@ -120,7 +123,9 @@ def _layer_specs(job: Job) -> list[ModuleSpec]:
         return specs
     from mindspeed_nsa.patches.megatron_core import with_nsa
 
-    return with_nsa(specs, job.nsa, v_head_dim=job.model.v_head_dim, first_layer=first)
+    return with_nsa(
+        specs, job.nsa, num_layers=job.model.num_layers, first_layer=first, v_head_dim=job.model.v_head_dim
+    )
 
 
 def _dense_layer_spec(job: Job, number: int) -> ModuleSpec:
@@ -133,6 +138,8 @@ def _dense_layer_spec(job: Job, number: int) -> ModuleSpec:
     for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
         if getattr(attention, name, IdentityOp) is not IdentityOp:
             setattr(attention, name, Norm)
+    if job.model.multi_latent_attention:
+        layer.self_attention.module = MLASelfAttention
     if job.model.swiglu:
         layer.mlp.submodules.linear_fc1 = GatedColumnParallelLinear
     spec.module = SeededTransformerLayer
@@ -164,6 +171,27 @@ class GatedColumnParallelLinear(ColumnParallelLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "stride": 2})
+
+
+class MLASelfAttention(multi_latent_attention.MLASelfAttention):
+    """Multi-Latent Attention whose rotary key, shared by all heads, gets its gradient from the heads of every rank.
+
+    Megatron's own keeps the gradient of a rank's own heads.
+    """
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Megatron's query, key, value and what it hands on beside them."""
+        query, key, value, *rest = super().get_query_key_value_tensors(*args, **kwargs)
+        own, shared = key.split([self.config.qk_head_dim, self.config.qk_pos_emb_head_dim], dim=-1)
+        if shared.requires_grad:
+            shared.register_hook(_sum_over_tensor_parallel)
+        return query, torch.cat([own, shared], dim=-1), value, *rest
+
+
+def _sum_over_tensor_parallel(gradient: Tensor) -> Tensor:
+    total = gradient.clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
+    return total
 
 
 class CausalAttention(MegatronModule):

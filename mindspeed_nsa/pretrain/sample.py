@@ -1,6 +1,7 @@
 """A model's own continuation of a text, by whole forward passes: a look at what it learned, not an inference engine."""
 
 import torch
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
 from mindspeed_nsa.pretrain.tokenizer import Tokenizer
 
@@ -55,5 +56,6 @@ def _next_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
     tokens = torch.zeros(1, length, dtype=torch.long, device=device)
     tokens[0, : len(ids)] = torch.tensor(ids, device=device)
     positions = torch.arange(length, device=device)[None]
-    logits = model(tokens, positions, None, runtime_gather_output=True)
-    return logits[0, len(ids) - 1].float().cpu()
+    # Each rank has its part of the vocabulary. The model could gather it, but not before 0.13 with sequence parallelism.
+    local = model(tokens, positions, None)[0, len(ids) - 1]
+    return gather_from_tensor_model_parallel_region(local).float().cpu()

@@ -60,7 +60,7 @@ def describe(run_dir: Path) -> str:
         lines.append("no evaluation on held-out text in this run")
     sample = run_dir / SAMPLE
     if sample.is_file():
-        lines += ["", *sample.read_text(encoding="utf-8").splitlines()]
+        lines += ["", _printable(sample.read_text(encoding="utf-8"))]
     return "\n".join(lines)
 
 
@@ -98,3 +98,8 @@ def plot(run_dirs: list[Path], output: Path) -> None:
     axes.legend(frameon=False, fontsize="small")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
+
+
+def _printable(text: str) -> str:
+    """The text without what a terminal would obey: a model that learned little writes any byte."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text).rstrip()

@@ -27,9 +27,9 @@ def test_the_losses_stand_beside_each_other(run_dir):
     assert f"{run_dir} (3 iterations)" in text
 
 
-def test_the_sample_is_shown_as_it_stands(run_dir):
-    (run_dir / "sample.txt").write_text("def f():\n    return 1\n")
-    assert describe(run_dir).endswith("\n\ndef f():\n    return 1")
+def test_the_sample_is_shown_without_what_a_terminal_would_obey(run_dir):
+    (run_dir / "sample.txt").write_text("def f():\n\treturn 'é'\x1b[2J\n")
+    assert describe(run_dir).endswith("\n\ndef f():\n\treturn 'é'\ufffd[2J")
 
 
 def test_a_run_without_evaluation_says_so(run_dir):
@@ -44,10 +44,10 @@ def test_series_skip_rows_without_the_key(run_dir):
 
 
 def test_the_picture_draws_every_run(run_dir, tmp_path, monkeypatch):
-    matplotlib = pytest.importorskip("matplotlib")
+    figure = pytest.importorskip("matplotlib.figure").Figure
     drawn = []
-    save = matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, path: (drawn.append(self.axes[0]), save(self, path)))
+    save = figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, path: (drawn.append(self.axes[0]), save(self, path)))
     other = tmp_path / "other"
     other.mkdir()
     (other / "metrics.jsonl").write_text('{"iteration": 1, "loss": 2.0}\n')

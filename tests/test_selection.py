@@ -1,0 +1,181 @@
+"""Which blocks are chosen (design, rule 2), and that the choice does not depend on how heads are spread over ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mindspeed_nsa import selection
+from mindspeed_nsa.ops import library
+from mindspeed_nsa.ops.reference import Compressed, force, forced_blocks, top_blocks
+from mindspeed_nsa.samples import Samples
+
+CHIP = {"window": 32, "stride": 16, "block": 64, "count": 16}
+SMALL = {"window": 4, "stride": 2, "block": 8, "count": 4}
+
+
+def settings(samples, sizes, importance="ascend", init_blocks=1, local_blocks=2):
+    return Compressed(
+        scale=0.5,
+        compress_block_size=sizes["window"],
+        compress_stride=sizes["stride"],
+        select_block_size=sizes["block"],
+        select_block_count=sizes["count"],
+        causal=True,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
+        importance=importance,
+        q_len=samples.ends,
+        cmp_len=samples.windows(sizes["window"], sizes["stride"]),
+        sel_len=samples.blocks(sizes["block"]),
+    )
+
+
+def chosen(query, key, at):
+    return selection.in_order(library.compress_attention(query, key, key, None, None, *at, "reference")[1])
+
+
+def inputs(samples, at, heads=4, kv_heads=2, dim=8, spread=1.0):
+    query = spread * torch.randn(samples.ends[-1], heads, dim)
+    return query, spread * torch.randn(at.cmp_len[-1], kv_heads, dim)
+
+
+@pytest.mark.parametrize("importance", ["ascend", "paper"])
+@pytest.mark.parametrize("spread", [1.0, 30.0], ids=["even", "peaked"])
+def test_rules_of_the_choice(importance, spread):
+    """Peaked: most probabilities underflow to 0, so that most scores tie."""
+    samples = Samples((1400, 1401, 3000))
+    at = settings(samples, CHIP, importance)
+    ids = chosen(*inputs(samples, at, spread=spread), at)
+    assert ids.shape == (3000, 2, 16)
+    assert ids.dtype == torch.int32
+    position = samples.positions(torch.device("cpu"))
+    own = (position // 64)[:, None]
+    assert (ids.diff(dim=-1) > 0).all()  # ascending, unique
+    assert (ids[..., 0] == 0).all()
+    for forced in (own, (own - 1).clamp(min=0)):
+        assert (ids == forced[:, None]).any(dim=-1).all()
+    early = position < 1024
+    assert (ids[early] == torch.arange(16)).all()
+    assert (ids[~early] <= own[~early, None]).all()
+    # Scored blocks differ from query to query and between groups.
+    assert len(ids[~early].flatten(0, 1).unique(dim=0)) > 100
+    assert not torch.equal(ids[:, 0], ids[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("init_blocks", "local_blocks", "forced"),
+    [(1, 2, [0, 8, 9]), (0, 1, [9]), (2, 3, [0, 1, 7, 8, 9]), (1, 1, [0, 9])],
+)
+def test_forced_blocks(init_blocks, local_blocks, forced):
+    at = settings(Samples((200,)), SMALL, "ascend", init_blocks, local_blocks)
+    rows = forced_blocks(torch.tensor([72, 79]), 25, at)
+    assert [row.nonzero().flatten().tolist() for row in rows] == [forced, forced]
+    assert forced_blocks(torch.tensor([0]), 25, at)[0].nonzero().flatten().tolist() == [0]
+
+
+def test_order_of_the_choice():
+    """Forced first by id, then by score, equal scores by id."""
+    scores = torch.tensor([[[0.5, 3.0, 0.5, 1.0, 0.0, 3.0]]])
+    forced = torch.tensor([[False, False, False, False, True, False]])
+    assert top_blocks(force(scores, forced), 5).tolist() == [[[4, 1, 5, 3, 0]]]
+    assert top_blocks(scores, 6).tolist() == [[[1, 5, 3, 0, 2, 4]]]
+    assert selection.in_order(torch.tensor([[[4, 1, 5, 3, 0]]])).tolist() == [[[0, 1, 3, 4, 5]]]
+
+
+def test_importance_is_summed_over_the_heads_of_a_group():
+    """Swapping heads inside a group changes nothing; swapping them across groups does."""
+    samples = Samples((120,))
+    at = settings(samples, SMALL)
+    query, key = inputs(samples, at)
+    ids = chosen(query, key, at)
+    assert torch.equal(ids, chosen(query[:, [1, 0, 3, 2]], key, at))
+    assert not torch.equal(ids, chosen(query[:, [0, 2, 1, 3]], key, at))
+
+
+def test_scores_are_the_chip_s_or_the_paper_s():
+    samples = Samples((120,))
+    at = settings(samples, SMALL)
+    query, key = inputs(samples, at)
+    assert not torch.equal(chosen(query, key, at), chosen(query, key, at._replace(importance="paper")))
+
+
+# ---- heads of a group spread over ranks
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def together(query, key, at, samples, group):
+    statistics = library.compress_attention(query, key, key, None, None, *at._replace(select_block_count=0), "reference")[2:]
+    return selection.choose_together(query, key, *statistics, at, samples, group, "reference")
+
+
+@pytest.mark.parametrize("importance", ["ascend", "paper"])
+@pytest.mark.parametrize("rows", [1, 1 << 22])
+def test_choosing_together_is_choosing(alone, monkeypatch, rows, importance):
+    monkeypatch.setattr(selection, "_SCORE_ELEMENTS", rows)
+    samples = Samples((1, 100, 100, 131, 200))
+    at = settings(samples, SMALL, importance)
+    query, key = inputs(samples, at)
+    fused = library.compress_attention(query, key, key, None, None, *at, "reference")[1]
+    assert torch.equal(together(query, key, at, samples, alone), fused)
+
+
+def test_half_the_heads_choose_as_all(alone, monkeypatch):
+    """Four heads of one group on two ranks: the sum over the ranks decides, not a rank's own heads."""
+    samples = Samples((90, 91, 200))
+    at = settings(samples, SMALL)
+    query, key = inputs(samples, at, heads=4, kv_heads=1)
+    halves, scores = (query[:, :2], query[:, 2:]), ([], [])
+    whole = library.compress_attention(query, key, key, None, None, *at, "reference")[1]
+    for half, noted in zip(halves, scores, strict=True):
+        monkeypatch.setattr(dist, "all_reduce", lambda tensor, group, noted=noted: noted.append(tensor.clone()))
+        assert not torch.equal(together(half, key, at, samples, alone), whole)
+    for half, others in zip(halves, reversed(scores), strict=True):
+        monkeypatch.setattr(dist, "all_reduce", lambda tensor, group, others=others: tensor.add_(others.pop(0)))
+        assert torch.equal(together(half, key, at, samples, alone), whole)
+        assert others == []
+
+
+def test_scores_of_ranks_add_up():
+    samples = Samples((90, 91, 200))
+    at = settings(samples, SMALL)
+    query, key = inputs(samples, at, heads=4, kv_heads=1)
+
+    def scores(heads):
+        statistics = library.compress_attention(heads, key, key, None, None, *at, "reference")[2:]
+        return library.block_scores(heads, key, *statistics, 10, 190, *at, "reference")
+
+    torch.testing.assert_close(scores(query[:, :2]) + scores(query[:, 2:]), scores(query), rtol=1e-5, atol=1e-6)
+
+
+# ---- statistics
+
+
+def test_statistics_by_hand():
+    """Two queries of 8-token blocks: at 0, with nothing but block 0 visible; at 47, in block 5, with blocks 0 2 4 5 listed."""
+    samples = Samples((48,))
+    at = settings(samples, SMALL)
+    ids = torch.tensor([0, 1, 2, 3], dtype=torch.int32).repeat(48, 1, 1)
+    ids[47, 0] = torch.tensor([0, 2, 4, 5])
+    found = selection.statistics(ids, at, samples)
+    # Rows 0..7 see 1 block, 8..15 two, 16..23 three, 24..47 four; forced are 0, own, the one before.
+    visible = 8 * (1 + 2 + 3 + 4 + 4 + 4)
+    # Own block 3: 1 is scored. Own 4: 1 and 2; own 5: 1, 2, 3, but at 47 only 2.
+    scored = 8 * 1 + 8 * 2 + 7 * 3 + 1
+    distance = 8 * (8 * 2 + 8 * (3 + 2) + 7 * (4 + 3 + 2) + 3) / scored
+    assert found["scored_share"] == pytest.approx(scored / visible)
+    assert found["forced_share"] == pytest.approx(1 - scored / visible)
+    assert found["scored_distance"] == pytest.approx(distance)
+
+
+def test_statistics_where_nothing_is_scored():
+    samples = Samples((1, 9))
+    at = settings(samples, SMALL)
+    ids = torch.arange(4, dtype=torch.int32).repeat(9, 2, 1)
+    assert selection.statistics(ids, at, samples) == {"forced_share": 1.0, "scored_share": 0.0, "scored_distance": 0.0}
