@@ -83,7 +83,7 @@ class NativeSparseAttention(nn.Module):
         Raises:
             ValueError: a shape, a type or the prefix sums do not fit.
         """
-        keys, values = (tuple(x) if isinstance(x, (tuple, list)) else (x,) * 3 for x in (key, value))
+        keys, values = ((x,) * 3 if isinstance(x, Tensor) else tuple(x) for x in (key, value))
         self._check_inputs(query, keys, values, gate)
         samples = Samples.of(actual_seq_len, query.shape[0])
         backend = resolve(self.config.backend)
@@ -147,17 +147,19 @@ class NativeSparseAttention(nn.Module):
             "gate": ((gate,), (tokens, self.head_num, 3)),
         }
         for name, (tensors, shape) in expected.items():
-            if len(tensors) not in (1, 3):
-                raise ValueError(f"{name} has {len(tensors)} tensors; allowed: one, or one for each of {', '.join(BRANCHES)}")
+            if name in ("key", "value") and len(tensors) != len(BRANCHES):
+                raise ValueError(
+                    f"{name} has {len(tensors)} tensors; allowed: one, or one for each of {', '.join(BRANCHES)}"
+                )
             for tensor in tensors:
                 if tuple(tensor.shape) != shape:
                     raise ValueError(f"{name} is {list(tensor.shape)}; allowed: {list(shape)}")
-                if name != "gate" and (tensor.dtype != query.dtype or not tensor.is_floating_point()):
+                if not tensor.is_floating_point() or (name != "gate" and tensor.dtype != query.dtype):
                     raise ValueError(f"{name} is {tensor.dtype}; allowed: one floating point type for query, key and value")
 
 
 def _check_heads(config: NSAConfig, head_num: int, kv_head_num: int, qk_head_dim: int, v_head_dim: int) -> None:
-    if head_num % kv_head_num:
+    if kv_head_num < 1 or head_num % kv_head_num:
         raise ValueError(f"head_num {head_num} is not a multiple of kv_head_num {kv_head_num}")
     if not config.strict:
         return

@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -126,7 +126,7 @@ class NSAConfig(Section):
         if isinstance(layers, list):
             if any(number < 0 for number in layers) or len(set(layers)) < len(layers):
                 raise ValueError(f"{layers} must be different numbers from 0")
-        elif layers != "all" and (not re.fullmatch(r"-?\d*:-?\d*(:[1-9]\d*)?", layers)):
+        elif layers != "all" and (not re.fullmatch(r"(-?\d+)?:(-?\d+)?(:[1-9]\d*)?", layers)):
             raise ValueError(f"{layers!r} is none of `all`, a list of numbers, a slice such as `1::2`")
         return layers
 
@@ -166,24 +166,37 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected sections such as `model:` and `nsa:`, found {type(content).__name__}")
+    for section, values in content.items():
+        for key in values if isinstance(values, dict) else []:
+            if not isinstance(key, str):
+                raise ValueError(f"{path}: {section}.{key}: unknown key; keys are text")
     return content
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML text; unlike YAML 1.1, `1e-3` is a number."""
+    """Parse YAML text; unlike YAML 1.1, `1e-3` is a number and `2:4` is not."""
     return yaml.load(text, Loader=_Loader)
 
 
 class _Loader(yaml.SafeLoader):
-    pass
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":int", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|^[-+]?\.(inf|nan)$"),
+    list("-+.0123456789"),
+)
 
 
 def explain(error: ValidationError, section: type[BaseModel]) -> str:
     """The first fault of a validation as `section.key: what is wrong`."""
-    fault = error.errors()[0]
+    # A misspelt key that is required is missing too: the spelling tells more.
+    fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("list[", "str", "function")))
     if fault["type"] == "extra_forbidden":
         names = list(_section_at(section, fault["loc"][:-1]).model_fields)

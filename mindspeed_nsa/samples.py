@@ -1,7 +1,7 @@
 """Samples packed into one sequence: where each ends, and what that makes of windows, blocks and positions."""
 
+import operator
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -23,9 +23,13 @@ class Samples(NamedTuple):
         Raises:
             ValueError: the prefix sums fall, or do not end at `tokens`.
         """
-        ends = (tokens,) if actual_seq_len is None else tuple(int(end) for end in actual_seq_len)
+        given = [tokens] if actual_seq_len is None else actual_seq_len
+        try:
+            ends = tuple(operator.index(end) for end in given)
+        except TypeError:
+            ends = ()
         if not ends or ends[-1] != tokens or any(length < 0 for length in lengths(ends)):
-            raise ValueError(f"actual_seq_len {list(ends)} must be prefix sums that rise to the {tokens} tokens given")
+            raise ValueError(f"actual_seq_len {given} must be prefix sums that rise to the {tokens} tokens given, integers")
         return cls(ends)
 
     @property
@@ -43,22 +47,12 @@ class Samples(NamedTuple):
 
     def window_tokens(self, block_size: int, stride: int, device: torch.device) -> Tensor:
         """The tokens of each window: [windows, block_size]."""
-        return _window_tokens(self, block_size, stride, device)
+        starts = [
+            torch.arange(window_count(stop - start, block_size, stride), device=device) * stride + start
+            for start, stop in self.spans
+        ]
+        return torch.cat(starts)[:, None] + torch.arange(block_size, device=device)
 
     def positions(self, device: torch.device) -> Tensor:
         """Each token's position in its own sample: [T]."""
-        return _positions(self, device)
-
-
-@lru_cache(maxsize=32)
-def _window_tokens(samples: Samples, block_size: int, stride: int, device: torch.device) -> Tensor:
-    starts = [
-        torch.arange(window_count(stop - start, block_size, stride), device=device) * stride + start
-        for start, stop in samples.spans
-    ]
-    return torch.cat(starts)[:, None] + torch.arange(block_size, device=device)
-
-
-@lru_cache(maxsize=32)
-def _positions(samples: Samples, device: torch.device) -> Tensor:
-    return torch.cat([torch.arange(length, device=device) for length in lengths(samples.ends)])
+        return torch.cat([torch.arange(length, device=device) for length in lengths(self.ends)])

@@ -4,6 +4,7 @@ Each refusal says what was given, what is allowed, and where the limit comes fro
 (aclnn) document of the kernel, or the kernel's host code. Sections are those of `docs/operators.md`, which lists the sources.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -85,7 +86,7 @@ def check_compress_attention(
     q_len = _prefix_sums(op, "actual_seq_qlen", actual_seq_qlen, query.shape[0], "query")
     cmp_len = _prefix_sums(op, "actual_cmp_seq_kvlen", actual_cmp_seq_kvlen, key.shape[0], "key")
     sel_len = _prefix_sums(op, "actual_sel_seq_kvlen", actual_sel_seq_kvlen)
-    _check_same_samples(op, actual_seq_qlen=q_len, actual_cmp_seq_kvlen=cmp_len, actual_sel_seq_kvlen=sel_len)
+    _check_samples(op, actual_seq_qlen=q_len, actual_cmp_seq_kvlen=cmp_len, actual_sel_seq_kvlen=sel_len)
     _check_blocks_of_windows(op, lengths(cmp_len), lengths(sel_len), sizes)
     longest = max(lengths(q_len))
     _check_mask(op, "atten_mask", atten_mask, (longest, max(lengths(cmp_len))), "the kernel assumes this stride, section 2")
@@ -166,7 +167,7 @@ def check_select_attention(
         _check_mask(op, "atten_mask", atten_mask, None, "presence switches causal masking, section 6")
     q_len = _prefix_sums(op, "actual_seq_qlen", actual_seq_qlen, query.shape[0], "query")
     kv_len = _prefix_sums(op, "actual_seq_kvlen", actual_seq_kvlen, key.shape[0], "key")
-    _check_same_samples(op, actual_seq_qlen=q_len, actual_seq_kvlen=kv_len)
+    _check_samples(op, actual_seq_qlen=q_len, actual_seq_kvlen=kv_len)
     _check_select_lengths(op, lengths(q_len), lengths(kv_len), select_block_size, select_block_count)
     return q_len, kv_len
 
@@ -220,11 +221,13 @@ def check_window_attention(
             "D2 <= D1 <= 768",
             "page of npu_fusion_attention, section 4",
         )
+    if query.shape[1] > 256:
+        _refuse(op, f"query has N1 = {query.shape[1]} heads", "1 to 256", "page of npu_fusion_attention, section 4")
     if window_size < 1:
         _refuse(op, f"window_size is {window_size}", "at least 1, the query's own token", "section 4")
     q_len = _prefix_sums(op, "actual_seq_qlen", actual_seq_qlen, query.shape[0], "query")
     kv_len = _prefix_sums(op, "actual_seq_kvlen", actual_seq_kvlen, key.shape[0], "key")
-    _check_same_samples(op, actual_seq_qlen=q_len, actual_seq_kvlen=kv_len)
+    _check_samples(op, actual_seq_qlen=q_len, actual_seq_kvlen=kv_len)
     return q_len, kv_len
 
 
@@ -276,21 +279,25 @@ def _check_mask(op: str, name: str, mask: Tensor | None, shape: tuple[int, int] 
         _refuse(op, f"{name} is {_shape(mask)}", f"exactly {list(shape)}", source)
 
 
-def _check_same_samples(op: str, **lists: list[int]) -> None:
+def _check_samples(op: str, **lists: list[int]) -> None:
     counts = {name: len(ends) for name, ends in lists.items()}
+    for name, count in counts.items():
+        if count > _MOST_SAMPLES:
+            _refuse(op, f"{name} has {count} samples", f"at most {_MOST_SAMPLES}", "aclnn document")
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         _refuse(op, f"numbers of samples differ: {listed}", "one entry a sample in each", "torch_npu page")
 
 
-def _prefix_sums(op: str, name: str, ends: Sequence[int] | None, tokens: int | None = None, tensor: str = "") -> list[int]:
+def _prefix_sums(op: str, name: str, given: Sequence[int] | None, tokens: int | None = None, tensor: str = "") -> list[int]:
     source = "torch_npu page"
-    if ends is None or isinstance(ends, Tensor) or len(ends) == 0:
-        given = "missing or empty" if not isinstance(ends, Tensor) else "a tensor"
-        _refuse(op, f"{name} is {given}", "a list of prefix sums, python integers", source)
-    ends = [int(end) for end in ends]
-    if len(ends) > _MOST_SAMPLES:
-        _refuse(op, f"{name} has {len(ends)} samples", f"at most {_MOST_SAMPLES}", "aclnn document")
+    try:
+        ends = [] if given is None or isinstance(given, Tensor) else [operator.index(end) for end in given]
+    except TypeError:
+        ends = []
+    if not ends:
+        kind = "a tensor" if isinstance(given, Tensor) else "missing or empty" if not given else repr(given)
+        _refuse(op, f"{name} is {kind}", "a list of prefix sums, python integers", source)
     if any(length < 0 for length in lengths(ends)):
         _refuse(op, f"{name} is {_brief(ends)}", "prefix sums, which never fall", source)
     if tokens is not None and ends[-1] != tokens:

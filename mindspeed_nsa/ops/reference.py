@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What a listed but masked logit is replaced by: float32's lowest, in every type (contract, section 2.1). Added to a logit it
-# leaves itself, so one additive bias expresses all three states: 0 seen, LOWEST masked, -inf not listed at all.
+# What a listed but masked logit is replaced by: float32's lowest, in every type (contract, section 2.1).
 LOWEST = torch.finfo(torch.float32).min
-_CHUNK_ELEMENTS = 1 << 20
+_CHUNK_ELEMENTS = 1 << 19
 
 
 class Sight(NamedTuple):
@@ -26,7 +25,7 @@ class Sight(NamedTuple):
 
     start: int  # the first key that any row may see
     stop: int
-    bias: Tensor  # [N2 or 1, R, stop - start]
+    bias: Tensor  # [N2 or 1, R, stop - start]: 0 seen, LOWEST listed but masked, -inf not listed
     listed: Tensor | None = None  # [N2, R, stop - start], how often each key is listed; None: at most once
 
 
@@ -57,7 +56,7 @@ def compress_backward(
     grad: Tensor, input: Tensor, weight: Tensor, block_size: int, stride: int, seq_len: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `compress` for its input and weight."""
-    grad_input, grad_weight = _work(torch.zeros_like(input)), _work(torch.zeros_like(weight))
+    grad_input, grad_weight = (_work(x.new_zeros(x.shape)) for x in (input, weight))
     row = 0
     for start, stop in _samples(seq_len):
         windows = window_count(stop - start, block_size, stride)
@@ -398,8 +397,8 @@ def _attend_backward(
     look: Look,
     reach: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_query = torch.zeros_like(query)
-    grad_key, grad_value = (_work(torch.zeros_like(x.transpose(0, 1))) for x in (key, value))  # [N2, T, D]
+    grad_query = query.new_zeros(query.shape)
+    grad_key, grad_value = (_work(x.new_zeros(x.shape)) for x in (key, value))
     for chunk in _chunks(query, key, q_len, kv_len, look, reach=reach):
         probability = _probability(chunk, query, row_max, row_sum, scale)  # [N2, G * R, K]
         grad_rows, rows = chunk.by_head(grad), chunk.by_head(query)
@@ -408,9 +407,9 @@ def _attend_backward(
         # Where every key is masked the logits are constants.
         grad_logits.masked_fill_(chunk.by_head(row_max[..., None]) == LOWEST, 0.0)
         grad_query[chunk.rows] = chunk.to_rows(grad_logits @ chunk.of(key) * scale).to(query.dtype)
-        grad_key[:, chunk.keys] += grad_logits.mT @ rows * scale
-        grad_value[:, chunk.keys] += probability.mT @ grad_rows
-    return grad_query, grad_key.transpose(0, 1).to(key.dtype), grad_value.transpose(0, 1).to(value.dtype)
+        grad_key[chunk.keys] += (grad_logits.mT @ rows * scale).transpose(0, 1)
+        grad_value[chunk.keys] += (probability.mT @ grad_rows).transpose(0, 1)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
 class _Chunk(NamedTuple):
@@ -470,8 +469,8 @@ def _chunks(
 def _logits(chunk: _Chunk, query: Tensor, scale: float) -> Tensor:
     """Scaled and masked: [N2, G * R, K]."""
     logits = (chunk.by_head(query) * scale) @ chunk.key.mT
-    logits.unflatten(1, (-1, chunk.size)).add_(chunk.sight.bias[:, None])
-    return logits
+    bias = chunk.sight.bias[:, None]  # replaces what it masks: a logit may have overflowed
+    return torch.where(bias == 0, logits.unflatten(1, (-1, chunk.size)), bias).flatten(1, 2)
 
 
 def _probability(chunk: _Chunk, query: Tensor, row_max: Tensor, row_sum: Tensor, scale: float) -> Tensor:
