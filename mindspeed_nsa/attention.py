@@ -148,9 +148,7 @@ class NativeSparseAttention(nn.Module):
         }
         for name, (tensors, shape) in expected.items():
             if name in ("key", "value") and len(tensors) != len(BRANCHES):
-                raise ValueError(
-                    f"{name} has {len(tensors)} tensors; allowed: one, or one for each of {', '.join(BRANCHES)}"
-                )
+                raise ValueError(f"{name} has {len(tensors)} tensors; allowed: one, or one for each of {', '.join(BRANCHES)}")
             for tensor in tensors:
                 if tuple(tensor.shape) != shape:
                     raise ValueError(f"{name} is {list(tensor.shape)}; allowed: {list(shape)}")

@@ -1,4 +1,44 @@
 """Everything that meets a host, one module a host. Nothing here acts on import.
 
 The catalogue: what each patch changes, why, how, and when it can go.
+
+cpu_host: Megatron-core on a host with no accelerator; `install` puts all of it in place and `uninstall` takes it away.
+    torch.cuda.current_device, torch.cuda.synchronize
+        why:  Megatron asks for the device, and waits for it, wherever it allocates or communicates.
+        how:  the device is the CPU, and nothing is waited for.
+        when: Megatron asks `torch.accelerator`.
+    torch.cuda.Stream, torch.cuda.current_stream, torch.cuda.stream
+        why:  its buffers and checkpoints are made on streams of their own.
+        how:  a stream that does nothing.
+        when: as above.
+    torch.cuda.get_rng_state, set_rng_state, manual_seed, random.get_rng_state; tensor_parallel.random._set_cuda_rng_state
+        why:  dropout and recompute keep states of the device's generator.
+        how:  the CPU's generator; the warning that it moved within a fork is filtered, because there it should.
+        when: as above.
+    CPUDeviceMode, a TorchFunctionMode
+        why:  tensors are made with device="cuda" or pinned, and optimizers tell them by names such as
+              torch.cuda.FloatTensor.
+        how:  the device becomes the CPU; `Tensor.type()` asked by Megatron says torch.cuda.
+        when: as above.
+    transformer.multi_latent_attention.HAVE_TE
+        why:  0.16 has it true without Transformer Engine, and then calls isinstance with a class that is None.
+        how:  false.
+        when: its import fails where Transformer Engine is missing.
+    optimizer.distrib_optimizer.quantize_param_shard
+        why:  without Transformer Engine 0.12 raises even when no parameter is fp8.
+        how:  a function that does nothing.
+        when: 0.12 is no longer supported.
+    DistributedOptimizer._set_main_param_and_optimizer_states
+        why:  it loads what the inner optimizer keeps; torch's Adam, used without Transformer Engine, keeps a step that
+              is not stored for each parameter.
+        how:  the step is handed over as it is.
+        when: Megatron skips the step there, as it does when saving.
+    dist_checkpointing.strategies.filesystem_async._write_item
+        why:  before 0.14 it is called as torch 2.6 had it, without a serialization format.
+        how:  the format it always had, torch.save.
+        when: 0.12 is no longer supported.
+    numpy.product
+        why:  0.12 calls it in the checkpoints of a distributed optimizer; numpy 2 has it as prod alone.
+        how:  that.
+        when: 0.12 is no longer supported.
 """

@@ -7,9 +7,9 @@ Every stand-in is catalogued in `patches/__init__.py`.
 
 import contextlib
 import functools
-import importlib
 import inspect
 import logging
+import pkgutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +42,7 @@ def install() -> None:
         return
     for target, stand_in in {**_CUDA, **_megatron_stand_ins()}.items():
         owner_name, name = target.rsplit(".", 1)
-        owner = importlib.import_module(owner_name)
+        owner = pkgutil.resolve_name(owner_name)
         _replaced.append((owner, name, getattr(owner, name, _ABSENT)))
         setattr(owner, name, stand_in)
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_is_news)
@@ -135,10 +135,15 @@ _CUDA: dict[str, Any] = {
 
 
 def _megatron_stand_ins() -> dict[str, Any]:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
     stand_ins: dict[str, Any] = {
         "megatron.core.tensor_parallel.random._set_cuda_rng_state": _set_rng_state,
         # Only fp8 parameters need it; without Transformer Engine it raises even when there are none.
         "megatron.core.optimizer.distrib_optimizer.quantize_param_shard": lambda *args, **kwargs: None,
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states": (
+            _with_own_step(DistributedOptimizer._set_main_param_and_optimizer_states)
+        ),
         **_write_item_with_format(),
     }
     if not hasattr(numpy, "product"):
@@ -150,6 +155,17 @@ def _megatron_stand_ins() -> dict[str, Any]:
         # True even without Transformer Engine, whose classes are then None, which isinstance refuses.
         stand_ins["megatron.core.transformer.multi_latent_attention.HAVE_TE"] = False
     return stand_ins
+
+
+def _with_own_step(set_states: Callable) -> Callable:
+    """The loader of a distributed optimizer copies what the optimizer keeps; torch's Adam keeps a step, not stored so."""
+
+    def set_states_and_step(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        set_states(self, model_param, tensors | {name: state[name] for name in ("step",) if name in state})
+
+    return set_states_and_step
 
 
 def _write_item_with_format() -> dict[str, Any]:

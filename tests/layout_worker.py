@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed
-from mindspeed_nsa.patches import megatron_core
 
 from mindspeed_nsa import attention, selection
+from mindspeed_nsa.patches import megatron_core
 from mindspeed_nsa.pretrain.job import Job
 from mindspeed_nsa.pretrain.trainer import run
 

@@ -19,8 +19,9 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="job file, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="takes the place of the file's value")
     arguments = parser.parse_args()
-    # Megatron-core says on import, several times a rank, what it goes without; none of it is needed here.
-    warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed")
+    # Each rank would say a screenful about what only a GPU has, and about what Megatron-core still uses of torch.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     try:
         job = Job.from_file(arguments.config, arguments.overrides)
         # A wrong job file is told before the seconds that importing torch and Megatron takes.

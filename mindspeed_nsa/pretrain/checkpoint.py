@@ -154,6 +154,8 @@ def load(job: Job, state: State) -> str:
     folder = find(job.checkpoint.load)
     _check_weights(state.model, folder)
     same_layout = _stored_job(folder)["layout"] == _layout(job)
+    if job.parallel.use_distributed_optimizer:
+        _start_adam(state.optimizer)
     wanted = state.sharded(job, is_loading=True, with_random=same_layout)
     try:
         with _weights_only():
@@ -162,12 +164,34 @@ def load(job: Job, state: State) -> str:
         raise ValueError(f"checkpoint.load: {folder}: {str(error).splitlines()[0]}") from None
     state.model.load_state_dict(loaded["model"])
     state.optimizer.load_state_dict(loaded["optimizer"])
+    if job.parallel.use_distributed_optimizer:
+        _separate_steps(state.optimizer)
     state.scheduler.load_state_dict(loaded["scheduler"])
     state.progress.iteration, state.progress.consumed_samples = loaded["iteration"], loaded["consumed_samples"]
     if same_layout:
         _set_random_states(loaded["random"])
     note = "" if same_layout else ", saved on another layout: random states start anew"
     return f"loaded {folder} (iteration {state.progress.iteration}{note})"
+
+
+def _start_adam(optimizer: Any) -> None:
+    """Give torch's Adam, which has none before its first step, the state that a distributed optimizer loads into."""
+    for adam in _torch_adams(optimizer):
+        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
+def _separate_steps(optimizer: Any) -> None:
+    """A distributed optimizer loads one step into all of Adam's states, where each counts its own."""
+    for adam in _torch_adams(optimizer):
+        for state in adam.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _torch_adams(optimizer: Any) -> list[torch.optim.Optimizer]:
+    inner = [part.optimizer for part in optimizer.chained_optimizers]
+    return [adam for adam in inner if isinstance(adam, (torch.optim.Adam, torch.optim.AdamW))]
 
 
 def _sections(job: Job) -> dict[str, dict[str, Any]]:
@@ -281,9 +305,9 @@ def _random_states() -> list[torch.Tensor]:
 
 
 def _set_random_states(states: torch.Tensor) -> None:
-    current = _random_states()
-    cpu, device, *tracked = states.split([len(state) for state in current])
+    # Copies: a generator reads its state from the start of the storage, whatever the view.
+    cpu, device, *tracked = (part.clone() for part in states.split([len(state) for state in _random_states()]))
     tracker = tensor_parallel.get_cuda_rng_tracker()
     tracker.set_states(dict(zip(sorted(tracker.get_states()), tracked, strict=True)))
-    torch.cuda.set_rng_state(device.clone())
-    torch.set_rng_state(cpu.clone())
+    torch.cuda.set_rng_state(device)
+    torch.set_rng_state(cpu)

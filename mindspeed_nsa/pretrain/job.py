@@ -276,8 +276,7 @@ class Job(Section):
         tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
         if model.num_attention_heads % tensor:
             raise ValueError(
-                f"parallel.tensor_model_parallel_size: {tensor} does not divide num_attention_heads "
-                f"{model.num_attention_heads}"
+                f"parallel.tensor_model_parallel_size: {tensor} does not divide num_attention_heads {model.num_attention_heads}"
             )
         if model.query_groups % tensor and tensor % model.query_groups:
             raise ValueError(
@@ -290,9 +289,7 @@ class Job(Section):
                 "as sequence_parallel needs"
             )
         if model.num_layers % pipeline:
-            raise ValueError(
-                f"model.num_layers: {model.num_layers} does not divide by pipeline_model_parallel_size {pipeline}"
-            )
+            raise ValueError(f"model.num_layers: {model.num_layers} does not divide by pipeline_model_parallel_size {pipeline}")
         if self.data.reset_attention_mask and training.micro_batch_size != 1:
             raise ValueError(
                 f"training.micro_batch_size: {training.micro_batch_size}; reset_attention_mask packs documents into "
@@ -302,14 +299,9 @@ class Job(Section):
             raise ValueError("data.valid_data_path: evaluation needs one; training.eval_iters: 0 does without")
         if self.logging.sample_tokens and (self.data.valid_data_path is None or pipeline > 1):
             raise ValueError("logging.sample_tokens: needs data.valid_data_path and pipeline_model_parallel_size 1")
-        unknown = [layer for layer in self.nsa.layers if layer >= model.num_layers] if self._lists_layers else []
-        if unknown:
-            raise ValueError(f"nsa.layers: {unknown[0]} is not one of num_layers {model.num_layers}, counted from 0")
+        if isinstance(self.nsa.layers, list) and max(self.nsa.layers, default=0) >= model.num_layers:
+            raise ValueError(f"nsa.layers: {self.nsa.layers} goes past num_layers {model.num_layers}, counted from 0")
         return self
-
-    @property
-    def _lists_layers(self) -> bool:
-        return isinstance(self.nsa.layers, list)
 
     def _check_layout(self, world_size: int) -> None:
         """What depends on the launch and on the Megatron-core that is installed."""

@@ -123,9 +123,7 @@ def _layer_specs(job: Job) -> list[ModuleSpec]:
         return specs
     from mindspeed_nsa.patches.megatron_core import with_nsa
 
-    return with_nsa(
-        specs, job.nsa, num_layers=job.model.num_layers, first_layer=first, v_head_dim=job.model.v_head_dim
-    )
+    return with_nsa(specs, job.nsa, num_layers=job.model.num_layers, first_layer=first, v_head_dim=job.model.v_head_dim)
 
 
 def _dense_layer_spec(job: Job, number: int) -> ModuleSpec:
@@ -158,11 +156,12 @@ class SeededTransformerLayer(TransformerLayer):
 class Norm:
     """RMSNorm or LayerNorm that Megatron's sequence parallelism can use: it sums their gradients over the ranks."""
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:  # type: ignore[misc]
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
+        """The torch module itself, of `hidden_size`."""
         kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
         norm = kind(hidden_size, eps=eps)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010  torch's class has none
         return norm
 
 
@@ -243,7 +242,6 @@ class CausalAttention(MegatronModule):
         key, value = (tensor.repeat_interleave(heads // tensor.shape[2], dim=2) for tensor in (key, value))
         # The kernel that builds no score matrix takes one width for all three.
         value = F.pad(value, (0, query.shape[-1] - width))
-        out = F.scaled_dot_product_attention(
-            *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)), is_causal=True, scale=self.softmax_scale
-        )
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.softmax_scale)
         return out[..., :width].permute(2, 0, 1, 3).flatten(2)

@@ -1,5 +1,6 @@
 """What a run shows while it goes and leaves in its folder: a live line, TensorBoard's files, `metrics.jsonl`."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -90,7 +91,11 @@ def _reopen(path: Path, iteration: int) -> Any:
     """Open for appending, with the rows up to an iteration kept if the run goes on from there."""
     kept = []
     if iteration and path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["iteration"] <= iteration]
+        for line in path.read_text(encoding="utf-8").splitlines():
+            # A row that a crash cut short is dropped.
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["iteration"] <= iteration:
+                    kept.append(line)
     stream = path.open("w", encoding="utf-8")
     stream.writelines(f"{line}\n" for line in kept)
     return stream

@@ -13,17 +13,14 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.num_microbatches_calculator import (
     get_num_microbatches,
     init_num_microbatches_calculator,
     unset_num_microbatches_calculator,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from mindspeed_nsa.patches import cpu_host
@@ -32,6 +29,7 @@ from mindspeed_nsa.pretrain.data import batches, build_datasets, check_dataset, 
 from mindspeed_nsa.pretrain.evaluate import unigram_loss
 from mindspeed_nsa.pretrain.job import Job
 from mindspeed_nsa.pretrain.model import build_model, padded_vocabulary
+from mindspeed_nsa.pretrain.optimizer import build_optimizer, wrap
 from mindspeed_nsa.pretrain.report import Report
 from mindspeed_nsa.pretrain.sample import generate
 from mindspeed_nsa.pretrain.tokenizer import build_tokenizer
@@ -129,8 +127,8 @@ class Trainer:
         tensor_parallel.model_parallel_cuda_manual_seed(job.training.seed)
         gpt = build_model(job, self.tokenizer.vocab_size)
         torch.manual_seed(job.training.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
-        self.model = _wrap(job, gpt)
-        self.optimizer, self.scheduler = _optimizer(job, self.model)
+        self.model = wrap(job, gpt.to(_device()))
+        self.optimizer, self.scheduler = build_optimizer(job, self.model)
         self.state = checkpoint.State(gpt, self.optimizer, self.scheduler, checkpoint.Progress())
         loaded = checkpoint.load(job, self.state) if job.checkpoint.load else None
         self.statistics = _Statistics(gpt, job)
@@ -152,6 +150,8 @@ class Trainer:
         if training.eval_iters and self.progress.iteration == 0:
             valid_loss = self._report_untrained()
         saved_at = self.progress.iteration
+        if self.progress.iteration >= training.train_iters:
+            self.report.say(f"nothing to do: {self.progress.iteration} of {training.train_iters} iterations are done")
         with _stop_requested() as requested:
             while self.progress.iteration < training.train_iters and not stopped:
                 row, statistics = self._iterate(data)
@@ -229,9 +229,7 @@ class Trainer:
     def _forward(self, data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Callable]:
         batch = {name: tensor.to(_device()) for name, tensor in next(data).items()}
         packed = _packed(batch["position_ids"]) if self.job.data.reset_attention_mask else None
-        output = model(
-            batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed
-        )
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
         return output, functools.partial(_mean_loss, batch["loss_mask"])
 
     def _batches(self, dataset: Any, consumed_samples: int) -> Iterator[dict[str, Tensor]]:
@@ -249,6 +247,7 @@ class Trainer:
 
     def _report_untrained(self) -> float:
         """Evaluate before the first iteration, beside the unigram model if the training text is known."""
+        assert self.valid_data is not None
         row = {"iteration": 0, "valid_loss": self.evaluate()}
         line = f"held-out loss of the untrained model {row['valid_loss']:.4f}"
         if summary := summary_of(self.job.data.data_path):
@@ -269,10 +268,8 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.job.training.seed)
         new = generate(self.model, self.tokenizer, prompt, self.job.logging.sample_tokens, 0.8, generator)
         if torch.distributed.get_rank() == 0:
-            text = "\n".join(
-                ["held-out text:", self.tokenizer.detokenize(prompt), "", "continued by the model:"]
-                + [self.tokenizer.detokenize(new), ""]
-            )
+            before, after = self.tokenizer.detokenize(prompt), self.tokenizer.detokenize(new)
+            text = f"held-out text:\n{before}\n\ncontinued by the model:\n{after}\n"
             (Path(self.job.logging.run_dir) / "sample.txt").write_text(text, encoding="utf-8")
 
     def _connect_schedule(self, config: Any) -> None:
@@ -325,54 +322,6 @@ class _Statistics:
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-
-
-def _wrap(job: Job, gpt: torch.nn.Module) -> DistributedDataParallel:
-    config = gpt.config
-    inner = Float16Module(config, gpt) if job.training.bf16 else gpt.to(_device())
-    settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=job.parallel.use_distributed_optimizer
-    )
-    model = DistributedDataParallel(config, settings, inner)
-    model.broadcast_params()
-    return model
-
-
-def _optimizer(job: Job, model: DistributedDataParallel) -> tuple[Any, OptimizerParamScheduler]:
-    """Megatron's Adam and the schedule of its learning rate, in samples."""
-    training = job.training
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=training.lr,
-        min_lr=training.min_lr,
-        weight_decay=training.weight_decay,
-        adam_beta1=training.adam_beta1,
-        adam_beta2=training.adam_beta2,
-        adam_eps=training.adam_eps,
-        clip_grad=training.clip_grad,
-        bf16=training.bf16,
-        params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
-        use_distributed_optimizer=job.parallel.use_distributed_optimizer,
-    )
-    optimizer = get_megatron_optimizer(config, [model])
-    samples = training.global_batch_size
-    scheduler = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=training.lr,
-        min_lr=training.min_lr,
-        lr_warmup_steps=training.lr_warmup_iters * samples,
-        lr_decay_steps=training.decay_iters * samples,
-        lr_decay_style=training.lr_decay_style,
-        start_wd=training.weight_decay,
-        end_wd=training.weight_decay,
-        wd_incr_steps=training.train_iters * samples,
-        wd_incr_style="constant",
-        # A run that is loaded goes on under the job's schedule, not the stored one.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
-    return optimizer, scheduler
 
 
 def _mean_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

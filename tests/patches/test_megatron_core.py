@@ -13,9 +13,9 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
 from megatron.core.transformer.spec_utils import build_module  # noqa: E402
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig  # noqa: E402
-from mindspeed_nsa.patches import cpu_host, megatron_core  # noqa: E402
 
 from mindspeed_nsa import NativeSparseAttention, NSAConfig  # noqa: E402
+from mindspeed_nsa.patches import cpu_host, megatron_core  # noqa: E402
 
 LENGTH = 1216  # past 1024 tokens blocks are chosen
 

@@ -7,8 +7,8 @@ from mindspeed_nsa.pretrain.tokenizer import build_tokenizer
 pytest.importorskip("megatron.core")
 
 from megatron.core import parallel_state
-from mindspeed_nsa.patches import cpu_host
 
+from mindspeed_nsa.patches import cpu_host
 from mindspeed_nsa.pretrain.sample import generate
 
 BYTES = build_tokenizer("ByteTokenizer")

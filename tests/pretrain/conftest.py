@@ -1,0 +1,59 @@
+import itertools
+import json
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from jobs import command, environment
+
+from mindspeed_nsa.pretrain.prepare import prepare
+from mindspeed_nsa.pretrain.tokenizer import build_tokenizer
+
+
+class Run(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+    rows: list[dict[str, Any]]
+
+    def values(self, key: str) -> list[float]:
+        return [row[key] for row in self.rows if key in row]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """The prefix of datasets of the standard library's text, cut into documents of many lengths."""
+    folder = tmp_path_factory.mktemp("data")
+    sources = sorted((Path(sysconfig.get_path("stdlib")) / "email").glob("*.py"))
+    whole = "".join(source.read_text(encoding="utf-8") for source in sources)
+    documents = folder / "documents"
+    documents.mkdir()
+    start = 0
+    for number, length in enumerate(itertools.cycle((1, 3, 40, 100, 300, 700))):
+        if start >= len(whole):
+            break
+        (documents / f"{number:04d}.py").write_text(whole[start : start + length], encoding="utf-8")
+        start += length
+    prefix = folder / "python"
+    prepare([documents], prefix, build_tokenizer("ByteTokenizer", None), suffixes=[".py"], held_out=0.2)
+    return prefix
+
+
+@pytest.fixture(scope="session")
+def run_job(text, tmp_path_factory) -> Callable[..., Run]:
+    """Run a small job: `run_job(*overrides, ranks=0, folder=None, ok=True)`; a job that should work must."""
+
+    def run(*overrides: str, ranks: int = 0, folder: Path | None = None, ok: bool = True) -> Run:
+        folder = folder or tmp_path_factory.mktemp("run")
+        done = subprocess.run(
+            command(text, folder, overrides, ranks), env=environment(), capture_output=True, text=True, timeout=300
+        )
+        assert not ok or done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        metrics = folder / "metrics.jsonl"
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        return Run(done.returncode, done.stdout, done.stderr, rows)
+
+    return run
