@@ -1,10 +1,9 @@
 """NSA in whole jobs: layouts that split it, packed documents, recompute, checkpoints, statistics."""
 
 import pytest
+from packaging.version import Version
 
 megatron = pytest.importorskip("megatron.core")
-
-from packaging.version import Version
 
 NEW = Version(megatron.__version__) >= Version("0.16")
 NSA = ("nsa.enabled=true", "model.seq_length=1088", "training.train_iters=3")  # past 1024 tokens blocks are chosen
