@@ -7,10 +7,6 @@ cpu_host: Megatron-core on a host with no accelerator; `install` puts all of it 
         why:  Megatron asks for the device, and waits for it, wherever it allocates or communicates.
         how:  the device is the CPU, and nothing is waited for.
         when: Megatron asks `torch.accelerator`.
-    torch.cuda.Stream, torch.cuda.current_stream, torch.cuda.stream
-        why:  its buffers and checkpoints are made on streams of their own.
-        how:  a stream that does nothing.
-        when: as above.
     torch.cuda.get_rng_state, set_rng_state, manual_seed, random.get_rng_state; tensor_parallel.random._set_cuda_rng_state
         why:  dropout and recompute keep states of the device's generator.
         how:  the CPU's generator; the warning that it moved within a fork is filtered, because there it should.

@@ -5,7 +5,6 @@ Megatron-core calls `torch.cuda` whatever the device. Here those calls find a CP
 Every stand-in is catalogued in `patches/__init__.py`.
 """
 
-import contextlib
 import functools
 import inspect
 import logging
@@ -99,16 +98,6 @@ def _called_by_megatron() -> bool:
     return str(sys._getframe(2).f_globals.get("__name__")).startswith("megatron.")
 
 
-class _Stream:
-    """Work on a CPU is done when the call returns: there is nothing to wait for."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def wait_stream(self, stream: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
 def _get_rng_state(device: Any = "cuda") -> torch.Tensor:
     return torch.random.get_rng_state()
 
@@ -124,9 +113,6 @@ def _manual_seed(seed: int) -> None:
 _CUDA: dict[str, Any] = {
     "torch.cuda.current_device": lambda: torch.device("cpu"),
     "torch.cuda.synchronize": lambda device=None: None,
-    "torch.cuda.Stream": _Stream,
-    "torch.cuda.current_stream": _Stream,
-    "torch.cuda.stream": lambda stream: contextlib.nullcontext(),
     "torch.cuda.get_rng_state": _get_rng_state,
     "torch.cuda.random.get_rng_state": _get_rng_state,
     "torch.cuda.set_rng_state": _set_rng_state,

@@ -284,11 +284,12 @@ def _look_at_blocks(topk_indices: Tensor, at: Selected) -> Look:
             stop = min(stop, last)  # every row sees a key of its own, so masked ones weigh exactly 0
         listed = torch.zeros(*ids.shape[:2], blocks, device=ids.device)
         listed.scatter_add_(-1, ids, torch.ones(ids.shape, device=ids.device))
+        bias = _bias(listed == 0, -torch.inf).repeat_interleave(at.block_size, dim=-1)[..., :stop]
+        if at.causal and stop > first:  # what lies before the first row is future to none
+            future = torch.arange(first, stop, device=ids.device) > row
+            bias[..., first:] = torch.minimum(bias[..., first:], _bias(future, LOWEST))
         repeated = bool((listed > 1).any())
-        listed = listed.repeat_interleave(at.block_size, dim=-1)[..., :stop]
-        future = (torch.arange(stop, device=ids.device) > row) & at.causal
-        bias = torch.where(listed > 0, _bias(future, LOWEST), -torch.inf)
-        return Sight(0, stop, bias, listed if repeated else None)
+        return Sight(0, stop, bias, listed.repeat_interleave(at.block_size, dim=-1)[..., :stop] if repeated else None)
 
     return look
 
@@ -404,8 +405,9 @@ def _attend_backward(
         grad_rows, rows = chunk.by_head(grad), chunk.by_head(query)
         delta = (grad_rows * chunk.by_head(attention)).sum(dim=-1, keepdim=True)
         grad_logits = (grad_rows @ chunk.of(value).mT).sub_(delta).mul_(probability)
-        # Where every key is masked the logits are constants.
-        grad_logits.masked_fill_(chunk.by_head(row_max[..., None]) == LOWEST, 0.0)
+        constant = chunk.by_head(row_max[..., None]) == LOWEST
+        if constant.any():  # every key of the row is masked: its logits are constants
+            grad_logits.masked_fill_(constant, 0.0)
         grad_query[chunk.rows] = chunk.to_rows(grad_logits @ chunk.of(key) * scale).to(query.dtype)
         grad_key[chunk.keys] += (grad_logits.mT @ rows * scale).transpose(0, 1)
         grad_value[chunk.keys] += (probability.mT @ grad_rows).transpose(0, 1)

@@ -163,7 +163,10 @@ def load(job: Job, state: State) -> str:
     except pickle.UnpicklingError as error:
         raise ValueError(f"checkpoint.load: {folder}: {str(error).splitlines()[0]}") from None
     state.model.load_state_dict(loaded["model"])
+    settings = _group_settings(state.optimizer)
     state.optimizer.load_state_dict(loaded["optimizer"])
+    for group, own in zip(state.optimizer.param_groups, settings, strict=True):
+        group.update(own)
     if job.parallel.use_distributed_optimizer:
         _separate_steps(state.optimizer)
     state.scheduler.load_state_dict(loaded["scheduler"])
@@ -172,6 +175,15 @@ def load(job: Job, state: State) -> str:
         _set_random_states(loaded["random"])
     note = "" if same_layout else ", saved on another layout: random states start anew"
     return f"loaded {folder} (iteration {state.progress.iteration}{note})"
+
+
+def _group_settings(optimizer: Any) -> list[dict[str, Any]]:
+    """What the job says of each group of parameters.
+
+    Megatron stores the groups of the first rank; another pipeline stage may have them in another order, and before
+    0.16 would take the weight decay of one for the other.
+    """
+    return [{key: group[key] for key in group if key not in ("params", "step")} for group in optimizer.param_groups]
 
 
 def _start_adam(optimizer: Any) -> None:
