@@ -19,6 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
@@ -66,7 +67,7 @@ def _nsa_layer(layer: ModuleSpec, nsa: NSAConfig, v_head_dim: int | None) -> Mod
     if attention.module is SelfAttention:
         params = attention.params | {"nsa": nsa, "v_head_dim": v_head_dim}
         attention = dataclasses.replace(attention, module=NSASelfAttention, params=params)
-    elif attention.module.__name__ == "MLASelfAttention":
+    elif issubclass(attention.module, MLASelfAttention):
         if nsa.gate != "query" or nsa.separate_kv:
             raise ValueError(
                 f"nsa.gate is {nsa.gate} and nsa.separate_kv {nsa.separate_kv}: multi-latent attention hands its core "

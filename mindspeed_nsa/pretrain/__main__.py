@@ -1,6 +1,7 @@
 """`python -m mindspeed_nsa.pretrain --config FILE [section.key=value ...]`, under torchrun or alone."""
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -22,6 +23,8 @@ def main() -> int:
     # Each rank would say a screenful about what only a GPU has, and about what Megatron-core still uses of torch.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # what a node has to be told, its first rank tells
+        logging.getLogger("mindspeed_nsa").setLevel(logging.ERROR)
     try:
         job = Job.from_file(arguments.config, arguments.overrides)
         # A wrong job file is told before the seconds that importing torch and Megatron takes.
