@@ -7,4 +7,5 @@ source launch/environment.sh
 make_environment .venv
 # Tests that start torchrun or the command find the environment's own.
 PATH="$PWD/.venv/bin:$PATH"
-exec .venv/bin/python -m pytest "$@"
+# A file of tests a core: most of their time is the start of other processes.
+exec .venv/bin/python -m pytest --numprocesses auto --dist loadfile "$@"
