@@ -13,7 +13,7 @@ from . import selection
 from .compression import Compression
 from .config import NSAConfig
 from .ops import library
-from .ops.backends import resolve
+from .ops.backends import resolve, selects_own_block
 from .ops.contract import SELECT_DIMS
 from .ops.reference import Compressed
 from .samples import Samples
@@ -90,7 +90,7 @@ class NativeSparseAttention(nn.Module):
         compressed, topk_indices = self._compress(query, keys[0], values[0], samples, backend)
         selected = library.select_attention(
             *(query, keys[1], values[1], topk_indices),
-            *(self.scale, self.config.select_block_size, True, samples.ends, samples.ends, backend),
+            *(self.scale, self.config.select_block_size, True, True, samples.ends, samples.ends, backend),
         )[0]
         window = library.window_attention(
             *(query, keys[2], values[2]), *(self.scale, self.config.window_size, samples.ends, samples.ends, backend)
@@ -101,7 +101,7 @@ class NativeSparseAttention(nn.Module):
         """The compressed branch [T, N1, D2], and the blocks for the selected one [T, N2, select_block_count]."""
         key = self.compress_key(key, samples, backend)
         value = self.compress_value(value, samples, backend)
-        at = self._settings(samples)
+        at = self._settings(samples, backend, query.device)
         together = self.score_group is not None
         here = at._replace(select_block_count=0) if together else at
         attention, ids, row_max, row_sum = library.compress_attention(query, key, value, None, None, *here, backend)
@@ -112,8 +112,11 @@ class NativeSparseAttention(nn.Module):
             self.statistics |= selection.statistics(ids, at, samples)
         return attention, ids
 
-    def _settings(self, samples: Samples) -> Compressed:
+    def _settings(self, samples: Samples, backend: str, device: torch.device) -> Compressed:
         config = self.config
+        own_block = config.select_own_block
+        if own_block == "auto":
+            own_block = selects_own_block(backend, device.type, self.head_num // self.kv_head_num)
         return Compressed(
             scale=self.scale,
             compress_block_size=config.compress_block_size,
@@ -123,6 +126,7 @@ class NativeSparseAttention(nn.Module):
             causal=True,
             init_blocks=config.init_blocks,
             local_blocks=config.local_blocks,
+            own_block=own_block,
             importance=config.importance,
             q_len=samples.ends,
             cmp_len=samples.windows(config.compress_block_size, config.compress_stride),
@@ -135,8 +139,8 @@ class NativeSparseAttention(nn.Module):
         gates = gate.to(work).sigmoid()
         if self.collect_statistics:
             self.statistics |= {f"gate_{name}": g.item() for name, g in zip(BRANCHES, gates.mean(dim=(0, 1)), strict=True)}
-        mixed = sum(g * branch for g, branch in zip(gates.split(1, dim=-1), branches, strict=True))
-        return mixed.to(branches[0].dtype)
+        compress, select, window = (g * branch for g, branch in zip(gates.split(1, dim=-1), branches, strict=True))
+        return (compress + select + window).to(branches[0].dtype)
 
     def _check_inputs(self, query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], gate: Tensor) -> None:
         tokens = query.shape[0]

@@ -37,6 +37,9 @@ class NSAConfig(Section):
         window_size: tokens in the sliding window, the query's own included, the paper's w.
         init_blocks: blocks forced at the start of a sample.
         local_blocks: blocks forced at the query: its own and those right before.
+        select_own_block: whether the selected branch may hold the query's own block; without it the window alone shows it.
+            `auto`: yes, unless the chip can keep that branch causal only without it (plan B; contract, section 6). It does not
+            concern queries before token `select_block_size * select_block_count` of a sample, which see all there is.
         compression: `linear` is the operator's learned pooling, `mean` its untrained form, `mlp` the paper's network.
         intra_block_position: add a learned position to each token of a pooled window.
         separate_kv: each branch has its own key and value projections, as in the paper.
@@ -55,6 +58,7 @@ class NSAConfig(Section):
     window_size: int = Field(512, ge=1)
     init_blocks: int = Field(1, ge=0)
     local_blocks: int = Field(2, ge=1)
+    select_own_block: Literal["auto"] | bool = "auto"
     compression: Literal["linear", "mean", "mlp"] = "linear"
     intra_block_position: bool = True
     separate_kv: bool = True

@@ -7,7 +7,7 @@ import torch.distributed
 from torch import Tensor
 
 from .ops import library
-from .ops.reference import Compressed, force, forced_blocks, top_blocks
+from .ops.reference import Compressed, choose
 from .samples import Samples
 
 _SCORE_ELEMENTS = 1 << 22
@@ -57,7 +57,7 @@ def choose_together(
             scores = scores.contiguous()
             torch.distributed.all_reduce(scores, group=group)
             position = torch.arange(first - start, last - start, device=query.device)
-            ids[first:last] = top_blocks(force(scores, forced_blocks(position, blocks, at)), count)
+            ids[first:last] = choose(scores, position, at)
     return ids
 
 

@@ -25,6 +25,7 @@ def test_defaults_are_the_chip_s():
         "window_size": 512,
         "init_blocks": 1,
         "local_blocks": 2,
+        "select_own_block": "auto",
         "compression": "linear",
         "intra_block_position": True,
         "separate_kv": True,

@@ -13,7 +13,7 @@ CHIP = {"window": 32, "stride": 16, "block": 64, "count": 16}
 SMALL = {"window": 4, "stride": 2, "block": 8, "count": 4}
 
 
-def settings(samples, sizes, importance="ascend", init_blocks=1, local_blocks=2):
+def settings(samples, sizes, importance="ascend", init_blocks=1, local_blocks=2, own_block=True):
     return Compressed(
         scale=0.5,
         compress_block_size=sizes["window"],
@@ -23,6 +23,7 @@ def settings(samples, sizes, importance="ascend", init_blocks=1, local_blocks=2)
         causal=True,
         init_blocks=init_blocks,
         local_blocks=local_blocks,
+        own_block=own_block,
         importance=importance,
         q_len=samples.ends,
         cmp_len=samples.windows(sizes["window"], sizes["stride"]),
@@ -71,6 +72,25 @@ def test_forced_blocks(init_blocks, local_blocks, forced):
     rows = forced_blocks(torch.tensor([72, 79]), 25, at)
     assert [row.nonzero().flatten().tolist() for row in rows] == [forced, forced]
     assert forced_blocks(torch.tensor([0]), 25, at)[0].nonzero().flatten().tolist() == [0]
+
+
+def test_without_the_own_block_only_blocks_before_it_are_chosen():
+    """The best of those: the same scores choose them as choose among all."""
+    samples = Samples((1400, 3000))
+    at = settings(samples, CHIP)
+    query, key = inputs(samples, at)
+    ids, with_own = (chosen(query, key, at._replace(own_block=own)) for own in (False, True))
+    position = samples.positions(torch.device("cpu"))
+    early, own = position < 1024, (position // 64)[:, None, None]
+    assert torch.equal(ids[early], with_own[early])
+    ids, with_own, own = ids[~early], with_own[~early], own[~early]
+    assert (ids.diff(dim=-1) > 0).all()
+    assert (ids < own).all()
+    assert (ids == own - 1).any(dim=-1).all()
+    # What a list has beside the own block it keeps; one more block takes its place.
+    listed = torch.zeros(*ids.shape[:2], 47).scatter(-1, ids.long(), 1.0)
+    kept = torch.zeros(*ids.shape[:2], 47).scatter(-1, with_own.long(), 1.0).scatter(-1, own.expand(-1, 2, 1), 0.0)
+    assert (listed >= kept).all()
 
 
 def test_order_of_the_choice():

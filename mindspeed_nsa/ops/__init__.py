@@ -96,7 +96,7 @@ def npu_nsa_compress_attention(
         *(query, key, value, head_num, sizes, topk_mask, atten_mask),
         *(actual_seq_qlen, actual_cmp_seq_kvlen, actual_sel_seq_kvlen),
     )
-    by_masks = (False, 0, 0, "ascend")
+    by_masks = (False, 0, 0, True, "ascend")
     backend = resolve("auto")
     return library.compress_attention(query, key, value, topk_mask, atten_mask, scale_value, *sizes, *by_masks, *lists, backend)
 
@@ -142,9 +142,9 @@ def npu_nsa_select_attention(
         *(atten_mask, actual_seq_qlen, actual_seq_kvlen),
     )
     ids = library.checked_indices(topk_indices, select_block_size, q_len, kv_len)
-    causal = atten_mask is not None
-    backend = resolve("auto")
-    return library.select_attention(query, key, value, ids, scale_value, select_block_size, causal, q_len, kv_len, backend)
+    causal_ordered = (atten_mask is not None, False)
+    lists = (q_len, kv_len, resolve("auto"))
+    return library.select_attention(query, key, value, ids, scale_value, select_block_size, *causal_ordered, *lists)
 
 
 def sliding_window_attention(

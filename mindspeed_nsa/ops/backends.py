@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
+import torch
+
 _MODULES = {name: f"{__package__}.{name}" for name in ("reference", "cpu", "ascend")}
 _OF_DEVICE = {"npu": "ascend", "cpu": "cpu"}
 _logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ def load(name: str, device_type: str) -> ModuleType:
     """The module that runs tensors on `device_type` for a resolved backend name.
 
     Raises:
-        ValueError: there is no backend of that name in this installation.
+        ValueError: there is no backend of that name in this installation, or what it is built on does not load.
     """
     if name == "auto":
         name = _OF_DEVICE.get(device_type, "reference")
@@ -57,7 +59,23 @@ def load(name: str, device_type: str) -> ModuleType:
     if not _installed(name):
         here = ", ".join(filter(_installed, _MODULES))
         raise ValueError(f"backend {name!r} is not in this installation; allowed: auto, {here}")
-    return importlib.import_module(_MODULES[name])
+    try:
+        return importlib.import_module(_MODULES[name])
+    except ImportError as error:
+        raise ValueError(f"backend {name!r} cannot run here: {error}; `mindspeed-nsa doctor` says what to do") from error
+
+
+@torch.compiler.assume_constant_result
+def selects_own_block(name: str, device_type: str, group: int) -> bool:
+    """Whether a query's own block may be in the selected branch: not where the chip stays causal by plan B alone.
+
+    Args:
+        name: a resolved backend name.
+        device_type: of the tensors.
+        group: query heads a key/value head.
+    """
+    backend = load(name, device_type)
+    return not hasattr(backend, "plan") or backend.plan(group).name == "A"
 
 
 def _installed(name: str) -> bool:

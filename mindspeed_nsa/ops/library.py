@@ -42,6 +42,7 @@ def _differentiate(op: Any, backward: Any, tensors: int, differentiable: int, sa
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)  # no zeros for the outputs that have none
         ctx.save_for_backward(*inputs[:tensors], *(outputs[i] for i in saved_outputs))
         ctx.settings = inputs[tensors:]
 
@@ -96,9 +97,9 @@ def _fake_block_scores(
 # In the order of `reference.Compressed` and `reference.Selected`.
 _COMPRESSED = (
     "float scale, int compress_block_size, int compress_stride, int select_block_size, int select_block_count, bool causal,"
-    " int init_blocks, int local_blocks, str importance, SymInt[] q_len, SymInt[] cmp_len, SymInt[] sel_len"
+    " int init_blocks, int local_blocks, bool own_block, str importance, SymInt[] q_len, SymInt[] cmp_len, SymInt[] sel_len"
 )
-_SELECTED = "float scale, int block_size, bool causal, SymInt[] q_len, SymInt[] kv_len"
+_SELECTED = "float scale, int block_size, bool causal, bool ordered, SymInt[] q_len, SymInt[] kv_len"
 _WINDOW = "float scale, int window_size, SymInt[] q_len, SymInt[] kv_len"
 _SAVED = "Tensor attention, Tensor softmax_max, Tensor softmax_sum"
 

@@ -88,6 +88,7 @@ class Compressed(NamedTuple):
     causal: bool  # rules by position stand in for the two masks
     init_blocks: int  # with `causal`: blocks forced at the start of a sample
     local_blocks: int  # with `causal`: blocks forced up to the query's own
+    own_block: bool  # with `causal`: whether the query's own block may be chosen
     importance: str  # "ascend" or "paper"
     q_len: Sequence[int]
     cmp_len: Sequence[int]
@@ -100,8 +101,9 @@ def compress_attention(
     """Attention over compressed windows, and the blocks each query finds important.
 
     With `causal` a query sees the windows that end at or before it, and gets 0 where there are none; the first `init_blocks`
-    and the `local_blocks` up to its own are forced; a query before token `select_block_size * select_block_count` of its
-    sample lists the blocks 0, 1, ...: there is no choice yet, as no more exist.
+    and the `local_blocks` up to its own are forced; without `own_block` only blocks before its own are chosen. A query before
+    token `select_block_size * select_block_count` of its sample lists the blocks 0, 1, ...: there is no choice yet, as no more
+    exist.
 
     Args:
         query: [T, N1, D1].
@@ -118,17 +120,7 @@ def compress_attention(
     at = Compressed(*settings)
     look = _look_at_windows(query.device, atten_mask, at)
     attention, row_max, row_sum = _attend(query, key, value, at.scale, at.q_len, at.cmp_len, look)
-    ids = torch.arange(at.select_block_count, dtype=torch.int32, device=query.device).repeat(query.shape[0], key.shape[1], 1)
-    early = at.select_block_size * at.select_block_count if at.causal else 0
-    for b, (start, stop) in enumerate(_samples(at.q_len) if at.select_block_count else []):
-        for rows, scores in _scores(query, key, row_max, row_sum, (start + early, stop), look, at):
-            first, last = rows.start - start, rows.stop - start
-            if at.causal:
-                position = torch.arange(first, last, device=query.device)
-                scores = force(scores, forced_blocks(position, lengths(at.sel_len)[b], at))
-            elif topk_mask is not None:
-                scores = force(scores, topk_mask[first:last, : scores.shape[-1]].bool())
-            ids[rows] = top_blocks(scores, at.select_block_count)
+    ids = _choose(query, key, row_max, row_sum, topk_mask, look, at)
     return attention, ids, _per_sample(row_max, at.q_len), _per_sample(row_sum, at.q_len)
 
 
@@ -167,6 +159,38 @@ def block_scores(
     for rows, scores in _scores(query, key, row_max, row_sum, (first_row, last_row), look, at):
         all_scores[rows.start - first_row : rows.stop - first_row, :, : scores.shape[-1]] = scores
     return all_scores
+
+
+def chosen_blocks(query: Tensor, key: Tensor, softmax_max: Tensor, softmax_sum: Tensor, at: Compressed) -> Tensor:
+    """The block ids of `compress_attention`, by the causal rule, from its softmax statistics: [T, N2, select_block_count]."""
+    row_max, row_sum = _from_per_sample(softmax_max, at.q_len), _from_per_sample(softmax_sum, at.q_len)
+    return _choose(query, key, row_max, row_sum, None, _look_at_windows(query.device, None, at), at)
+
+
+def _choose(
+    query: Tensor, key: Tensor, row_max: Tensor, row_sum: Tensor, topk_mask: Tensor | None, look: Look, at: Compressed
+) -> Tensor:
+    ids = torch.arange(at.select_block_count, dtype=torch.int32, device=query.device).repeat(query.shape[0], key.shape[1], 1)
+    early = at.select_block_size * at.select_block_count if at.causal else 0
+    for start, stop in _samples(at.q_len) if at.select_block_count else []:
+        for rows, scores in _scores(query, key, row_max, row_sum, (start + early, stop), look, at):
+            first, last = rows.start - start, rows.stop - start
+            if at.causal:
+                ids[rows] = choose(scores, torch.arange(first, last, device=query.device), at)
+                continue
+            if topk_mask is not None:
+                scores = force(scores, topk_mask[first:last, : scores.shape[-1]].bool())
+            ids[rows] = top_blocks(scores, at.select_block_count)
+    return ids
+
+
+def choose(scores: Tensor, position: Tensor, at: Compressed) -> Tensor:
+    """The blocks of queries at `position` [R] of their sample, by scores [R, N2, blocks]: [R, N2, count] int32, best first."""
+    scores = force(scores, forced_blocks(position, scores.shape[-1], at))
+    if not at.own_block:
+        newer = torch.arange(scores.shape[-1], device=scores.device) >= (position // at.select_block_size)[:, None]
+        scores = scores.masked_fill(newer[:, None], -torch.inf)
+    return top_blocks(scores, at.select_block_count)
 
 
 def forced_blocks(position: Tensor, blocks: int, at: Compressed) -> Tensor:
@@ -229,6 +253,7 @@ class Selected(NamedTuple):
     scale: float
     block_size: int
     causal: bool  # mask by block id and position, counted from the start of each sample
+    ordered: bool  # ids ascend, without repeats; queries before token block_size * k of a sample list 0, 1, ..., k - 1
     q_len: Sequence[int]
     kv_len: Sequence[int]
 

@@ -1,3 +1,4 @@
+import importlib.util
 import logging
 
 import pytest
@@ -72,6 +73,14 @@ def test_a_backend_that_is_not_installed_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="'cpu' is not in this installation; allowed: auto, "), ops.use_backend("cpu"):
         pass
     backends.load.cache_clear()
+
+
+def test_a_backend_that_does_not_load_says_why():
+    if importlib.util.find_spec("torch_npu"):
+        pytest.skip("torch_npu is here")
+    words = "backend 'ascend' cannot run here: No module named 'torch_npu'"
+    with pytest.raises(ValueError, match=words), ops.use_backend("ascend"):
+        pass
 
 
 def test_auto_says_once_that_it_falls_back(monkeypatch, caplog):

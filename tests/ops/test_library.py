@@ -8,9 +8,9 @@ from mindspeed_nsa import ops
 from mindspeed_nsa.ops import library
 
 ENDS, COMPRESSED_ENDS, BLOCKS = [7, 20], [2, 7], [2, 5]
-COMPRESSED = (0.5, 4, 2, 4, 2, False, 0, 0, "ascend", ENDS, COMPRESSED_ENDS, BLOCKS, "reference")
-BY_POSITION = (*COMPRESSED[:5], True, 1, 1, "paper", *COMPRESSED[9:])
-SELECTED = (0.5, 4, True, ENDS, ENDS, "reference")
+COMPRESSED = (0.5, 4, 2, 4, 2, False, 0, 0, True, "ascend", ENDS, COMPRESSED_ENDS, BLOCKS, "reference")
+BY_POSITION = (*COMPRESSED[:5], True, 1, 1, False, "paper", *COMPRESSED[10:])
+SELECTED = (0.5, 4, True, False, ENDS, ENDS, "reference")
 WINDOW = (0.5, 3, ENDS, ENDS, "reference")
 
 

@@ -36,7 +36,7 @@ def compress_attention(query, key, value, topk_mask, atten_mask, q_lengths, c_le
     """By masks, as the operator has it."""
     blocks = [-(-c // (sizes.block // sizes.stride)) for c in c_lengths]
     lists = (prefix_sums(q_lengths), prefix_sums(c_lengths), prefix_sums(blocks))
-    settings = (scale, *sizes, False, 0, 0, "ascend", *lists)
+    settings = (scale, *sizes, False, 0, 0, True, "ascend", *lists)
     return library.compress_attention(query, key, value, topk_mask, atten_mask, *settings, "reference")
 
 
@@ -70,12 +70,12 @@ def test_importance_by_hand():
     """Windows of 2 strides, blocks of 4: 1, 2, 2, 2, 1 from the window that starts with the block."""
     probability = torch.tensor([0.5, 0.25, 0.0, 0.125, 0.0625, 0.0625], dtype=F64)
     query, key = torch.ones(1, 1, 1, dtype=F64), probability.clamp(min=1e-300).log().reshape(6, 1, 1)
-    at = (1.0, 4, 2, 8, 0, True, 1, 2, "ascend", [100], [6], [2])
+    at = (1.0, 4, 2, 8, 0, True, 1, 2, True, "ascend", [100], [6], [2])
     query = query.repeat(100, 1, 1)
     _, _, row_max, row_sum = library.compress_attention(query, key, key, None, None, *at, "reference")
     scores = library.block_scores(query, key, row_max, row_sum, 99, 100, *at, "reference")
     torch.testing.assert_close(scores.flatten().tolist(), [0.5 + 0.5 + 0.25 + 0.0625, 0.0625 + 0.125])
-    paper = (*at[:8], "paper", *at[9:])
+    paper = (*at[:9], "paper", *at[10:])
     scores = library.block_scores(query, key, row_max, row_sum, 99, 100, *paper, "reference")
     torch.testing.assert_close(scores.flatten().tolist(), [2 * 0.5 + 2 * 0.25 + 0.125, 0.125 + 2 * 0.0625 + 2 * 0.0625])
 
@@ -86,7 +86,7 @@ def test_select_by_hand():
     value = torch.tensor([1.0, 10.0, 100.0, 1000.0], dtype=F64).reshape(4, 1, 1)
     query = torch.ones(1, 1, 1, dtype=F64)
     ids = torch.tensor([[[1, 0, 1]]], dtype=torch.int32)
-    out, row_max, row_sum = library.select_attention(query, key, value, ids, 1.0, 2, False, [1], [4], "reference")
+    out, row_max, row_sum = library.select_attention(query, key, value, ids, 1.0, 2, False, False, [1], [4], "reference")
     assert out.item() == pytest.approx((1 + 20 + 2 * 300 + 2 * 4000) / (1 + 2 + 2 * 3 + 2 * 4))
     assert row_max.flatten().tolist() == [math.log(4)] * 8
     assert row_sum.flatten().tolist() == pytest.approx([17 / 4] * 8)
@@ -193,7 +193,7 @@ def test_select_attention(causal, heads, kv_heads):
     ids = (torch.rand(32, kv_heads, 3) * blocks[:, None, None]).int()
     assert any(len(set(row)) < 3 for row in ids.flatten(0, 1).tolist())
     ends = (prefix_sums(q_lengths), prefix_sums(kv_lengths))
-    out, row_max, row_sum = library.select_attention(query, key, value, ids, 0.7, 4, causal, *ends, "reference")
+    out, row_max, row_sum = library.select_attention(query, key, value, ids, 0.7, 4, causal, False, *ends, "reference")
     expected = oracle.select_attention(query, key, value, ids, 0.7, 4, causal, *ends)
     torch.testing.assert_close(out, expected.out, **CLOSE)
     torch.testing.assert_close(row_max, expected.highest[..., None].expand(-1, -1, 8), **CLOSE)
@@ -205,7 +205,7 @@ def test_select_is_aligned_at_the_first_token():
     """One query before many keys sees the first of them."""
     query, key, value = qkv(1, 8, 1, 1)
     ids = torch.zeros(1, 1, 1, dtype=torch.int32)
-    out = library.select_attention(query, key, value, ids, 0.7, 4, True, [1], [8], "reference")[0]
+    out = library.select_attention(query, key, value, ids, 0.7, 4, True, False, [1], [8], "reference")[0]
     torch.testing.assert_close(out[0, 0], value[0, 0], **CLOSE)
 
 
@@ -239,7 +239,7 @@ def test_causal_compress_attention(lengths, group, importance, per_window):
     c_lengths, ends = windows(lengths, sizes), prefix_sums(lengths)
     query, key, value = qkv(sum(lengths), sum(c_lengths), group, 1)
     lists = (ends, prefix_sums(c_lengths), prefix_sums([-(-length // 8) for length in lengths]))
-    at = (0.7, *sizes, True, 1, 1, importance, *lists)
+    at = (0.7, *sizes, True, 1, 1, True, importance, *lists)
     out, ids, row_max, row_sum = library.compress_attention(query, key, value, None, None, *at, "reference")
     scores = library.block_scores(query, key, row_max, row_sum, 0, sum(lengths), *at, "reference")
 
@@ -279,11 +279,11 @@ def test_gradcheck():
     query, key, value = qkv(4, 9, 2, 1, (3, 2))
     atten_mask = torch.rand(3, 5) < 0.4
     lists = [1, 4], [4, 9], [1, 3]
-    at = (None, atten_mask, 0.7, 4, 2, 4, 1, False, 0, 0, "ascend", *lists)
+    at = (None, atten_mask, 0.7, 4, 2, 4, 1, False, 0, 0, True, "ascend", *lists)
     assert torch.autograd.gradcheck(lambda *x: first(library.compress_attention, *x, *at), (query, key, value))
     ids = torch.tensor([[[0, 1]], [[0, 0]], [[1, 2]], [[2, 0]]], dtype=torch.int32)
     for causal in (False, True):
-        at = (ids, 0.7, 2, causal, [1, 4], [4, 9])
+        at = (ids, 0.7, 2, causal, False, [1, 4], [4, 9])
         assert torch.autograd.gradcheck(lambda *x, at=at: first(library.select_attention, *x, *at), (query, key, value))
     at = (0.7, 2, [1, 4], [4, 9])
     assert torch.autograd.gradcheck(lambda *x: first(library.window_attention, *x, *at), (query, key, value))
@@ -299,11 +299,11 @@ def everything(seed=1):
     ends, c_lengths = prefix_sums(lengths), windows(lengths)
     query, key, value = qkv(201, 201)
     blocks = prefix_sums([-(-length // 8) for length in lengths])
-    at = (0.7, *SMALL, True, 1, 1, "ascend", ends, prefix_sums(c_lengths), blocks)
+    at = (0.7, *SMALL, True, 1, 1, True, "ascend", ends, prefix_sums(c_lengths), blocks)
     small_key, small_value = key[: sum(c_lengths)], value[: sum(c_lengths)]
     compressed, ids, *statistics = library.compress_attention(query, small_key, small_value, None, None, *at, "reference")
     scores = library.block_scores(query, small_key, *statistics, 30, 180, *at, "reference")
-    selected = library.select_attention(query, key, value, ids, 0.7, 8, True, ends, ends, "reference")
+    selected = library.select_attention(query, key, value, ids, 0.7, 8, True, False, ends, ends, "reference")
     window = library.window_attention(query, key, value, 0.7, 13, ends, ends, "reference")
     gradients = torch.autograd.grad(sum(x.sin().sum() for x in (compressed, selected[0], window[0])), (query, key, value))
     return ids, (compressed, *statistics, scores, *selected, *window, *gradients)
@@ -329,7 +329,7 @@ def test_lower_types_are_within_a_rounding(dtype):
     def results(query, key, value, weight):
         pooled = library.compress(key, weight, 4, 2, [40], "reference")
         cmp = compress_attention(query, key, value, None, None, [40], [40])
-        select = library.select_attention(query, key, value, ids, 0.7, 8, True, [40], [40], "reference")
+        select = library.select_attention(query, key, value, ids, 0.7, 8, True, False, [40], [40], "reference")
         window = library.window_attention(query, key, value, 0.7, 9, [40], [40], "reference")
         outs = (pooled, cmp[0], select[0], window[0])
         grads = torch.autograd.grad(sum((out * out.detach().sign()).sum() for out in outs), (query, key, value, weight))
