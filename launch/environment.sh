@@ -40,3 +40,23 @@ make_environment() {
   "${pip[@]}" --editable '.[train,dev]' "$@"
   echo "$wanted" > "$folder/complete"
 }
+
+# make_torch_npu FOLDER: put the torch_npu of .venv's torch alone in a folder, for the tests over an emulated CANN: in the
+# environment it would break `import torch`, as there is no CANN. Nothing is done on an Ascend host, which has its own, nor
+# where TORCH_NPU_PATH names a folder that has it.
+make_torch_npu() {
+  local folder=$1 release
+  if [[ -n ${TORCH_NPU_PATH:-} ]] || .venv/bin/python -c 'import torch_npu' 2> /dev/null; then
+    return
+  fi
+  release=$(.venv/bin/python -c 'import importlib.metadata as m; print(m.version("torch").split("+")[0])') || return
+  if [[ -d $folder/torch_npu-$release.dist-info ]]; then
+    echo "$folder is there"
+    return
+  fi
+  echo "downloading torch_npu $release into $folder"
+  rm -rf "$folder" "$folder.partial"
+  .venv/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps \
+    --target "$folder.partial" "torch_npu==$release" || return
+  mv "$folder.partial" "$folder"
+}

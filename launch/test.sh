@@ -5,6 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
 make_environment .venv
+make_torch_npu .torch_npu || echo "no torch_npu: the tests that need it are skipped" >&2
 # Tests that start torchrun or the command find the environment's own.
 PATH="$PWD/.venv/bin:$PATH"
 # A file of tests a core: most of their time is the start of other processes.

@@ -82,3 +82,19 @@ def plot(
 
     draw(run_dirs, output)
     print(output)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Option(help="A job file, to say whether it can run here and on the chip.")] = None,
+) -> int:
+    """Say what this machine has, and what to do where something is amiss; exit code 1 if it or the job cannot run."""
+    from mindspeed_nsa.doctor import FAULT, draw, examine
+
+    rows = examine(config)
+    draw(rows)
+    return int(rows[-1].status == FAULT)
+
+
+if __name__ == "__main__":
+    main()
