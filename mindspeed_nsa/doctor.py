@@ -266,8 +266,10 @@ def _query_groups(job: Job, severity: str) -> Row:
     advice = "change num_attention_heads, num_query_groups or tensor_model_parallel_size"
     if job.nsa.strict and (group > _MOST_GROUP or 128 % group):
         return Row("job", "heads", FAULT, f"{found}: {allowed}", f"{advice}; `nsa.strict: false` runs it on other backends")
-    if group > _MOST_GROUP or heads.head_num > _MOST_HEADS:
+    if heads.head_num > _MOST_HEADS:
         return Row("job", "heads", severity, f"{found}: {allowed}", advice)
+    if group > _MOST_GROUP:
+        return Row("job", "heads", NOTE, f"{found}: on the chip their heads are split, and keys repeated; {allowed}", advice)
     if 128 % group:
         return Row("job", "heads", NOTE, f"{found}: on the chip blocks are chosen in PyTorch, slower; {allowed}", advice)
     if group > 16:

@@ -16,6 +16,7 @@ from .reference import lengths, window_count
 _HALF = (torch.bfloat16, torch.float16)
 _MOST_SAMPLES = 1024
 _MOST_TOKENS = 128 * 1024
+_MOST_PACKED_TOKENS = 1 << 20
 _MOST_WINDOWS = 14000
 SELECT_DIMS = (192, 128)  # of query and key, of value
 
@@ -225,6 +226,10 @@ def check_window_attention(
         _refuse(op, f"query has N1 = {query.shape[1]} heads", "1 to 256", "page of npu_fusion_attention, section 4")
     if window_size < 1:
         _refuse(op, f"window_size is {window_size}", "at least 1, the query's own token", "section 4")
+    for name, tensor in (("query", query), ("key", key)):
+        if tensor.shape[0] > _MOST_PACKED_TOKENS:
+            source = "page of npu_fusion_attention, section 4"
+            _refuse(op, f"{name} has {tensor.shape[0]} packed tokens", f"at most {_MOST_PACKED_TOKENS}", source)
     q_len = _prefix_sums(op, "actual_seq_qlen", actual_seq_qlen, query.shape[0], "query")
     kv_len = _prefix_sums(op, "actual_seq_kvlen", actual_seq_kvlen, key.shape[0], "key")
     _check_samples(op, actual_seq_qlen=q_len, actual_seq_kvlen=kv_len)

@@ -282,6 +282,13 @@ def test_window_refuses_too_many_heads():
     refused("sliding_window_attention", ["N1 = 258", "256"], **changes)
 
 
+def test_window_refuses_too_many_tokens():
+    tokens = (1 << 20) + 1
+    long = {name: zeros(1, 1, 16).expand(tokens, 1, 16) for name in ("query", "key", "value")}
+    lists = {"actual_seq_qlen": [tokens], "actual_seq_kvlen": [tokens]}
+    refused("sliding_window_attention", ["query has 1048577 packed tokens", "1048576"], **long, **lists, head_num=1)
+
+
 # ---- sequence lists, of every operator
 
 LISTS = [(name, key) for name, arguments in OPS.items() for key in arguments if key.startswith("actual_")]

@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 _MOST_TOKENS = 128 * 1024  # of a sample
+_MOST_PACKED_TOKENS = 1 << 20
 _MOST_SAMPLES = 1024
 _MOST_HEADS = 128
 _logger = logging.getLogger(__name__)
@@ -215,10 +216,10 @@ def _check_compressed(query: Tensor, key: Tensor, at: Compressed) -> None:
         names = "compress_block_size, compress_stride, select_block_size, select_block_count"
         raise ValueError(f"{names} are {sizes}; the Ascend operators take {SIZES}")
     samples = [length for length in lengths(at.q_len) if length]
-    if max(samples) > _MOST_TOKENS or len(samples) > _MOST_SAMPLES:
+    if max(samples) > _MOST_TOKENS or len(samples) > _MOST_SAMPLES or sum(samples) > _MOST_PACKED_TOKENS:
         raise ValueError(
-            f"{len(samples)} packed samples, the longest of {max(samples)} tokens; the Ascend operators take up to "
-            f"{_MOST_SAMPLES} samples of up to {_MOST_TOKENS} tokens"
+            f"{len(samples)} packed samples, the longest of {max(samples)} tokens, {sum(samples)} in all; the Ascend operators "
+            f"take up to {_MOST_SAMPLES} samples of up to {_MOST_TOKENS} tokens, {_MOST_PACKED_TOKENS} in all"
         )
     if query.shape[1] > _MOST_HEADS:
         raise ValueError(f"{query.shape[1]} query heads; the Ascend operators take up to {_MOST_HEADS} a card")
@@ -285,7 +286,9 @@ def select_attention_backward(
     if go.dense_len:
         densely = _take_all((grad, query, key, value, attention, softmax_max, softmax_sum), go.dense)
         parts.append((go.dense, operators.fusion_attention_grad(*densely, **_densely(query, at, go, here))))
-    grad_query, grad_key, grad_value = (_summed(query.shape[0], [(rows, part[i]) for rows, part in parts]) for i in range(3))
+    # By plan A a token is in one part alone.
+    whole = _joined if here.name == "A" else _summed
+    grad_query, grad_key, grad_value = (whole(query.shape[0], [(rows, part[i]) for rows, part in parts]) for i in range(3))
     return grad_query, grad_key, grad_value
 
 

@@ -98,12 +98,12 @@ class Blocks(NamedTuple):
 def blocks_of(ends: tuple[int, ...], early_dense: bool, device: torch.device) -> Blocks:
     """The samples that end at `ends`.
 
-    One with fewer blocks than a list has attends densely: its queries would list all it has. With `early_dense` so do the early
-    queries of the others too, and what the operator makes of these is to be discarded.
+    One without more blocks than a list has attends densely: its queries would list all it has. With `early_dense` so do the
+    early queries of the others too, and what the operator makes of these is to be discarded.
     """
     spans = list(zip((0, *ends[:-1]), ends, strict=True))
-    long = [(start, stop) for start, stop in spans if stop - start >= EARLY + early_dense]
-    dense = [(start, min(stop, start + EARLY)) for start, stop in spans if early_dense or 0 < stop - start < EARLY]
+    long = [(start, stop) for start, stop in spans if stop - start > EARLY]
+    dense = [(start, min(stop, start + EARLY)) for start, stop in spans if stop > start and (early_dense or stop - start <= EARLY)]
     own = [stop - start for start, stop in long]
     room = [-(-length // BLOCK) * BLOCK for length in own]
     rows = _tokens(long)
@@ -111,7 +111,7 @@ def blocks_of(ends: tuple[int, ...], early_dense: bool, device: torch.device) ->
     if room != own:
         say_once("samples that end within a block get places for more keys, which are masked")
     if dense:
-        say_once("samples and queries that have no choice of blocks attend densely, by npu_fusion_attention")
+        say_once("queries that have no choice of blocks attend densely, by npu_fusion_attention")
     whole = len(rows) == ends[-1]
     return Blocks(
         q_len=list(accumulate(own)),
@@ -119,7 +119,7 @@ def blocks_of(ends: tuple[int, ...], early_dense: bool, device: torch.device) ->
         rows=None if whole else rows.to(device),
         fill=None if whole and room == own else rows[fill].to(device),
         places=None if room == own else places.to(device),
-        dense_len=list(accumulate(stop - start for start, stop in dense if stop > start)),
+        dense_len=list(accumulate(stop - start for start, stop in dense)),
         dense=None if sum(stop - start for start, stop in dense) == ends[-1] else _tokens(dense).to(device),
     )
 
