@@ -1,7 +1,8 @@
 """What the emulated operators share: how they refuse, where samples lie, how rows become heads.
 
 The operators are written from the contract (`docs/operators.md`) alone and share no code with the project, which they judge.
-They compute in float32 and round once, at the end: the kernels also round probabilities before they weigh values (section 2.1). Sections in comments are the contract's.
+They compute in float32 and round once, at the end, where the kernels also round probabilities before these weigh values
+(section 2.1). Sections in comments are the contract's.
 
 R: rows of a chunk, N1: query heads, N2: key/value heads, G: N1 / N2, S: keys, D: a head dim.
 """

@@ -101,9 +101,9 @@ def blocks_of(ends: tuple[int, ...], early_dense: bool, device: torch.device) ->
     One without more blocks than a list has attends densely: its queries would list all it has. With `early_dense` so do the
     early queries of the others too, and what the operator makes of these is to be discarded.
     """
-    spans = list(zip((0, *ends[:-1]), ends, strict=True))
+    spans = [(start, stop) for start, stop in zip((0, *ends[:-1]), ends, strict=True) if stop > start]
     long = [(start, stop) for start, stop in spans if stop - start > EARLY]
-    dense = [(start, min(stop, start + EARLY)) for start, stop in spans if stop > start and (early_dense or stop - start <= EARLY)]
+    dense = [(start, min(stop, start + EARLY)) for start, stop in spans if early_dense or stop - start <= EARLY]
     own = [stop - start for start, stop in long]
     room = [-(-length // BLOCK) * BLOCK for length in own]
     rows = _tokens(long)
