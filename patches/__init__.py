@@ -1,4 +1,4 @@
-"""Everything that meets a host, one module a host. Nothing here acts on import.
+"""Everything that meets a host: one module a host, and one for what they share. Nothing here acts on import.
 
 The catalogue: what each patch changes, why, how, and when it can go.
 
@@ -16,6 +16,24 @@ cpu_host: Megatron-core on a host with no accelerator; `install` puts all of it 
               torch.cuda.FloatTensor.
         how:  the device becomes the CPU; `Tensor.type()` asked by Megatron says torch.cuda.
         when: as above.
+
+npu_host: Megatron-core on a host with NPUs; `install` puts all of it in place before Megatron is imported, for good.
+    torch_npu.contrib.transfer_to_npu, a module of torch_npu that acts when it is imported
+        why:  Megatron calls torch.cuda and asks for device="cuda" and for nccl.
+        how:  all of these become the NPU's; it says so in a screenful of warnings, which are dropped. It also lets
+              torch.jit.script return functions as they are.
+        when: Megatron asks `torch.accelerator`.
+    TORCH_NPU_DEVICE_CAPABILITY, an environment variable of torch_npu
+        why:  torch.distributed.broadcast, in torch 2.13, asks for the capability of the device of a tensor that says it is
+              on CUDA, and fails on the None that torch_npu answers.
+        how:  8.0 unless it is set; what is asked matters to fp8 tensors alone. The warning that goes with it is filtered.
+        when: torch_npu answers with numbers.
+    torch.Tensor.type
+        why:  Megatron's optimizers tell trainable tensors by names such as torch.cuda.FloatTensor.
+        how:  it names tensors on the NPU torch.cuda.
+        when: Megatron asks for the type and the device.
+
+without_te: Megatron-core without Transformer Engine, and on newer torch and numpy, whatever the device; the hosts install it.
     transformer.multi_latent_attention.HAVE_TE
         why:  0.16 has it true without Transformer Engine, and then calls isinstance with a class that is None.
         how:  false.

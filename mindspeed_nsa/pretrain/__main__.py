@@ -28,6 +28,10 @@ def main() -> int:
     try:
         job = Job.from_file(arguments.config, arguments.overrides)
         # A wrong job file is told before the seconds that importing torch and Megatron takes.
+        from mindspeed_nsa.patches import npu_host
+
+        if npu_host.has_npu():
+            npu_host.install()
         from mindspeed_nsa.pretrain.trainer import run
 
         run(job)

@@ -173,7 +173,7 @@ def load(job: Job, state: State) -> str:
     state.progress.iteration, state.progress.consumed_samples = loaded["iteration"], loaded["consumed_samples"]
     if same_layout:
         _set_random_states(loaded["random"])
-    note = "" if same_layout else ", saved on another layout: random states start anew"
+    note = "" if same_layout else ", saved on another layout or device: random states start anew"
     return f"loaded {folder} (iteration {state.progress.iteration}{note})"
 
 
@@ -216,10 +216,12 @@ def _sections(job: Job) -> dict[str, dict[str, Any]]:
     }
 
 
-def _layout(job: Job) -> list[int]:
+def _layout(job: Job) -> list[Any]:
+    """What random states depend on: the ranks and their kind of device."""
     parallel = job.parallel
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    return [ranks, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size]
+    device = torch.device(torch.cuda.current_device()).type
+    return [ranks, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, device]
 
 
 def _stored_job(folder: Path) -> dict[str, Any]:

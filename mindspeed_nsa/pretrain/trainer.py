@@ -23,8 +23,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
-from mindspeed_nsa.patches import cpu_host
-from mindspeed_nsa.pretrain import checkpoint
+from mindspeed_nsa.patches import cpu_host, npu_host
+from mindspeed_nsa.pretrain import checkpoint, npu
 from mindspeed_nsa.pretrain.data import batches, build_datasets, check_dataset, summary_of
 from mindspeed_nsa.pretrain.evaluate import unigram_loss
 from mindspeed_nsa.pretrain.job import Job
@@ -58,14 +58,18 @@ class Result:
 def run(job: Job) -> Result:
     """Train as a job says, on the ranks that torchrun started, or in this process alone.
 
+    On a host with NPUs `npu_host.install` comes before this module is imported.
+
     Raises:
         ValueError: one line about what a user can get wrong. Nothing is written before it is raised.
     """
+    npu.check(job)
     check_dataset(job.data.data_path)
     if job.data.valid_data_path:
         check_dataset(job.data.valid_data_path)
     checkpoint.check(job)
     with _ranks(job):
+        npu.agree_on_plan(job)
         trainer = Trainer(job)
         try:
             return trainer.train()
@@ -76,12 +80,16 @@ def run(job: Job) -> Result:
 @contextlib.contextmanager
 def _ranks(job: Job) -> Iterator[None]:
     """Join the ranks, and leave them in the end."""
-    if cpu_host.has_accelerator():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if npu_host.has_npu():
+        npu_host.install()  # has to be done before this module is imported: raises if it is not
+        backend = "hccl"
+    elif cpu_host.has_accelerator():
         backend = "nccl"
     else:
         cpu_host.install()
         backend = "gloo"
+    if backend != "gloo":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" in os.environ:
         torch.distributed.init_process_group(backend)
     else:

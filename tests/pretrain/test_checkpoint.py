@@ -48,7 +48,7 @@ def test_another_layout_goes_on_with_the_same_losses(run_job, saved):
     load = f"checkpoint.load={folder / 'iter_0000002'}"
     for layout, ranks in (((), 0), (("parallel.pipeline_model_parallel_size=2",), 2)):
         resumed = run_job(load, *layout, ranks=ranks)
-        assert "saved on another layout: random states start anew" in resumed.stdout
+        assert "saved on another layout or device: random states start anew" in resumed.stdout
         assert resumed.values("loss") == pytest.approx(whole.values("loss")[2:], abs=5e-5)
 
 
