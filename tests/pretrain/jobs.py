@@ -20,9 +20,13 @@ SMALL = (
 def command(text: Path, folder: Path, overrides: tuple[str, ...], ranks: int) -> list[str]:
     """The command line of a small job on `configs/tiny.yaml`; `ranks` 0 starts no torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    return [sys.executable, *launcher, "-m", "mindspeed_nsa.pretrain", *arguments(text, folder, overrides)]
+
+
+def arguments(text: Path, folder: Path, overrides: tuple[str, ...]) -> list[str]:
+    """The job's own part of that command line."""
     data = [f"data.data_path={text}_train", f"data.valid_data_path={text}_valid", f"logging.run_dir={folder}"]
-    job = ["-m", "mindspeed_nsa.pretrain", "--config", str(ROOT / "configs" / "tiny.yaml")]
-    return [sys.executable, *launcher, *job, *data, *SMALL, *overrides]
+    return ["--config", str(ROOT / "configs" / "tiny.yaml"), *data, *SMALL, *overrides]
 
 
 def environment() -> dict[str, str]:
