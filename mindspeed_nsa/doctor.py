@@ -193,7 +193,7 @@ def _probe(job: Job | None) -> list[Row]:
 
 
 def _job(job: Job, has_npu: bool, severity: str) -> list[Row]:
-    rows = [_launch(job)]
+    rows = [_launch(job), _data(job)]
     if not job.nsa.enabled:
         return [*rows, Row("job", "nsa", NOTE, "off: attention is dense, and no operator of this project runs")]
     rows.append(_backend(job, has_npu))
@@ -204,10 +204,18 @@ def _job(job: Job, has_npu: bool, severity: str) -> list[Row]:
 def _launch(job: Job) -> Row:
     ranks = job.parallel.tensor_model_parallel_size * job.parallel.pipeline_model_parallel_size
     try:
-        job._check_layout(ranks)
+        job.check_layout(ranks)
     except ValueError as error:
         return Row("job", "launch", FAULT, str(error))
     return Row("job", "launch", OK, "any number of ranks" if ranks == 1 else f"{ranks} ranks, or a multiple of that")
+
+
+def _data(job: Job) -> Row:
+    try:
+        job.data.check_files()
+    except ValueError as error:
+        return Row("job", "data", FAULT, str(error))
+    return Row("job", "data", OK, job.data.data_path)
 
 
 def _backend(job: Job, has_npu: bool) -> Row:

@@ -208,6 +208,12 @@ def test_limits_of_the_chip_alone_do_not_stop_a_job_on_the_cpu(job):
     assert statuses(doctor.examine(job("model.kv_channels", 256)))["head dims"] == FAULT
 
 
+def test_data_that_is_not_there_stops_the_job_and_nothing_else(job):
+    rows = doctor.examine(job("data.valid_data_path", "nowhere"))
+    assert row_of(rows, "data").finding.startswith("data.valid_data_path: nowhere.bin: no such file")
+    assert [row.subject for row in rows if row.status == FAULT] == ["data", "this job"]
+
+
 def test_a_broken_job_file_is_one_line(job, capsys, tmp_path):
     for config, message in ((job("model.num_lyers", 3), "model.num_lyers: unknown key"), (tmp_path / "absent", "no such file")):
         with pytest.raises(SystemExit) as stopped:

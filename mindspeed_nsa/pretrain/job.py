@@ -149,13 +149,20 @@ class DataSection(Section):
                 "reset_attention_mask: goes with reset_position_ids, because a document that sees itself alone "
                 "starts at position 0; set both or none"
             )
+        return self
+
+    def check_files(self) -> None:
+        """Check that the files that the section names are there.
+
+        Raises:
+            ValueError: one is not; one line that names it.
+        """
         for key in ("data_path", "valid_data_path"):
             for suffix in (".bin", ".idx"):
                 if (prefix := getattr(self, key)) and not Path(prefix + suffix).is_file():
-                    raise ValueError(f"{key}: {prefix}{suffix}: no such file; `mindspeed-nsa prepare` writes datasets")
+                    raise ValueError(f"data.{key}: {prefix}{suffix}: no such file; `mindspeed-nsa prepare` writes datasets")
         if self.tokenizer_type == "HuggingFaceTokenizer" and not Path(self.tokenizer_model or "").is_file():
-            raise ValueError(f"tokenizer_model: {self.tokenizer_model}: no such file; it should be a tokenizer.json")
-        return self
+            raise ValueError(f"data.tokenizer_model: {self.tokenizer_model}: no such file; it should be a tokenizer.json")
 
 
 class TrainingSection(Section):
@@ -265,7 +272,8 @@ class Job(Section):
             _apply(override, content)
         try:
             job = cls(**content)
-            job._check_layout(int(os.environ.get("WORLD_SIZE", "1")))
+            job.data.check_files()
+            job.check_layout(int(os.environ.get("WORLD_SIZE", "1")))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return job
@@ -303,8 +311,12 @@ class Job(Section):
             raise ValueError(f"nsa.layers: {self.nsa.layers} goes past num_layers {model.num_layers}, counted from 0")
         return self
 
-    def _check_layout(self, world_size: int) -> None:
-        """What depends on the launch and on the Megatron-core that is installed."""
+    def check_layout(self, world_size: int) -> None:
+        """Check what depends on the number of ranks and on the Megatron-core that is installed.
+
+        Raises:
+            ValueError: the job does not fit; one line that names the key.
+        """
         tensor = self.parallel.tensor_model_parallel_size
         ranks = tensor * self.parallel.pipeline_model_parallel_size
         if world_size % ranks:

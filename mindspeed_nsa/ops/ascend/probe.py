@@ -163,12 +163,12 @@ def _settings() -> Compressed:
     return Compressed(_SCALE, *SIZES, *causal_init_local_own, "ascend", windows.q_len, windows.cmp_len, windows.sel_len)
 
 
-def _through_operator(inputs: _Inputs, key: Tensor, at: Compressed) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+def _through_operator(inputs: _Inputs, at: Compressed) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
     most = _TOKENS, at.cmp_len[-1], at.sel_len[-1]
-    masked, forced = masks(*most, at.init_blocks, at.local_blocks, key.device)
+    masked, forced = masks(*most, at.init_blocks, at.local_blocks, inputs.query.device)
     lists = {"actual_seq_qlen": at.q_len, "actual_cmp_seq_kvlen": at.cmp_len, "actual_sel_seq_kvlen": at.sel_len}
     results = operators.compress_attention(
-        inputs.query, key, inputs.small_value, at.scale, SIZES, topk_mask=forced, atten_mask=masked, **lists
+        inputs.query, inputs.small_key, inputs.small_value, at.scale, SIZES, topk_mask=forced, atten_mask=masked, **lists
     )
     return results, masked
 
@@ -178,7 +178,7 @@ def _compress_attention(inputs: _Inputs, pads_value: bool) -> Check:
     seen = slice(SIZES[0] - 1, None)  # the queries that see a window
 
     def on_device() -> Sequence[Tensor]:
-        (attention, _, row_max, row_sum), masked = _through_operator(inputs, inputs.small_key, at)
+        (attention, _, row_max, row_sum), masked = _through_operator(inputs, at)
         grad = inputs.grad.index_fill(0, windows_of((_TOKENS,), inputs.query.device).blind, 0)
         operands = grad, inputs.query, inputs.small_key, inputs.small_value, attention, row_max, row_sum
         how: dict[str, Any] = {"atten_mask": masked, "sparse_mode": 1, "pads_value": pads_value}
@@ -194,17 +194,18 @@ def _compress_attention(inputs: _Inputs, pads_value: bool) -> Check:
 
 
 def _choice(inputs: _Inputs) -> Check:
-    """Of scores that differ, and of scores that are equal: 0, where probability is all with the windows of one block."""
+    """Of scores that differ, and of scores that are equal: exactly 0, where one window has all the probability."""
     operator, at = "npu_nsa_compress_attention, choice", _settings()
-    peaked = torch.zeros_like(inputs.small_key)
-    peaked[BLOCK // SIZES[1] * 3] = 100 * inputs.query[-1, 0]
+    query, key = inputs.query[-1:, :1].expand_as(inputs.query).contiguous(), torch.zeros_like(inputs.small_key)
+    key[BLOCK // SIZES[1] * 3] = 100 * query[0, 0]
+    peaked = inputs._replace(query=query, small_key=key)
     finding, worst = "as the reference", 0.0
-    for key, kind in ((inputs.small_key, "chooses other blocks"), (peaked, "breaks ties towards later blocks")):
+    for given, kind in ((inputs, "chooses other blocks"), (peaked, "breaks ties towards later blocks")):
         try:
-            ids = _through_operator(inputs, key, at)[0][1].cpu()
+            ids = _through_operator(given, at)[0][1].cpu()
         except RuntimeError as error:
             return Check(operator, False, None, _MAY_DIFFER, f"it fails: {str(error).splitlines()[0]}")
-        operands = inputs.query.cpu(), key.cpu(), inputs.small_value.cpu(), None, None
+        operands = given.query.cpu(), given.small_key.cpu(), given.small_value.cpu(), None, None
         expected = reference.compress_attention(*operands, *at)[1]
         differ = (ids.sort(dim=-1).values != expected.sort(dim=-1).values).any(dim=-1)[EARLY:].float().mean().item()
         if differ > _MAY_DIFFER >= worst:
