@@ -46,8 +46,8 @@ def _differentiate(op: Any, backward: Any, tensors: int, differentiable: int, sa
         ctx.save_for_backward(*inputs[:tensors], *(outputs[i] for i in saved_outputs))
         ctx.settings = inputs[tensors:]
 
-    def run(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-        gradients = backward(grad, *ctx.saved_tensors, *ctx.settings)
+    def run(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        gradients = (None,) * differentiable if grad is None else backward(grad, *ctx.saved_tensors, *ctx.settings)
         return *gradients, *(None for _ in range(tensors - differentiable + len(ctx.settings)))
 
     op.register_autograd(run, setup_context=save)
