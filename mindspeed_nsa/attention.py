@@ -90,12 +90,16 @@ class NativeSparseAttention(nn.Module):
         compressed, topk_indices = self._compress(query, keys[0], values[0], samples, backend)
         selected = library.select_attention(
             *(query, keys[1], values[1], topk_indices),
-            *(self.scale, self.config.select_block_size, True, True, samples.ends, samples.ends, backend),
+            *(self.scale, self.config.select_block_size, True, True, samples.ends, samples.ends, samples.q_offset, backend),
         )[0]
         window = library.window_attention(
-            *(query, keys[2], values[2]), *(self.scale, self.config.window_size, samples.ends, samples.ends, backend)
+            *(query, keys[2], values[2]),
+            *(self.scale, self.config.window_size, samples.ends, samples.ends, samples.q_offset, backend),
         )[0]
-        return self._mix(gate, (compressed, selected, window))
+        if self.collect_statistics:
+            means = gate.float().sigmoid().mean(dim=(0, 1))
+            self.statistics |= {f"gate_{name}": mean.item() for name, mean in zip(BRANCHES, means, strict=True)}
+        return library.gated_sum(gate, compressed, selected, window, backend)
 
     def _compress(self, query: Tensor, key: Tensor, value: Tensor, samples: Samples, backend: str) -> tuple[Tensor, Tensor]:
         """The compressed branch [T, N1, D2], and the blocks for the selected one [T, N2, select_block_count]."""
@@ -131,16 +135,8 @@ class NativeSparseAttention(nn.Module):
             q_len=samples.ends,
             cmp_len=samples.windows(config.compress_block_size, config.compress_stride),
             sel_len=samples.blocks(config.select_block_size),
+            q_offset=samples.q_offset,
         )
-
-    def _mix(self, gate: Tensor, branches: Branches) -> Tensor:
-        """Sum of the branches, each times its gate (paper, equation 5), rounded once."""
-        work = torch.promote_types(branches[0].dtype, torch.float32)
-        gates = gate.to(work).sigmoid()
-        if self.collect_statistics:
-            self.statistics |= {f"gate_{name}": g.item() for name, g in zip(BRANCHES, gates.mean(dim=(0, 1)), strict=True)}
-        compress, select, window = (g * branch for g, branch in zip(gates.split(1, dim=-1), branches, strict=True))
-        return (compress + select + window).to(branches[0].dtype)
 
     def _check_inputs(self, query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], gate: Tensor) -> None:
         tokens = query.shape[0]

@@ -37,6 +37,11 @@ class Samples(NamedTuple):
         """First token, and last token + 1, of each sample."""
         return list(zip((0, *self.ends[:-1]), self.ends, strict=True))
 
+    @property
+    def q_offset(self) -> list[int]:
+        """The position in its sample of each sample's first query: all samples are whole here."""
+        return [0] * len(self.ends)
+
     def windows(self, block_size: int, stride: int) -> list[int]:
         """Prefix sums of the compressed windows."""
         return list(accumulate(window_count(length, block_size, stride) for length in lengths(self.ends)))

@@ -7,7 +7,7 @@ import torch.distributed
 from torch import Tensor
 
 from .ops import library
-from .ops.reference import Compressed, choose
+from .ops.reference import Compressed, choose, early_rows, lengths
 from .samples import Samples
 
 _SCORE_ELEMENTS = 1 << 22
@@ -48,15 +48,14 @@ def choose_together(
     """
     count = at.select_block_count
     ids = torch.arange(count, dtype=torch.int32, device=query.device).repeat(query.shape[0], key.shape[1], 1)
-    for start, stop in samples.spans:
-        blocks = -(-(stop - start) // at.select_block_size)
+    for (start, stop), blocks, offset in zip(samples.spans, lengths(at.sel_len), at.q_offset, strict=True):
         rows = max(_SCORE_ELEMENTS // (blocks * key.shape[1]), 1) if blocks else 1
-        for first in range(start + at.select_block_size * count, stop, rows):
+        for first in range(start + early_rows(offset, at), stop, rows):
             last = min(first + rows, stop)
             scores = library.block_scores(query, key, softmax_max, softmax_sum, first, last, *at, backend)[..., :blocks]
             scores = scores.contiguous()
             torch.distributed.all_reduce(scores, group=group)
-            position = torch.arange(first - start, last - start, device=query.device)
+            position = torch.arange(first - start, last - start, device=query.device) + offset
             ids[first:last] = choose(scores, position, at)
     return ids
 

@@ -28,6 +28,7 @@ def settings(samples, sizes, importance="ascend", init_blocks=1, local_blocks=2,
         q_len=samples.ends,
         cmp_len=samples.windows(sizes["window"], sizes["stride"]),
         sel_len=samples.blocks(sizes["block"]),
+        q_offset=samples.q_offset,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import contract, library
 from .backends import resolve, use_backend
+from .reference import aligned_at_ends
 
 __all__ = [
     "npu_nsa_compress",
@@ -92,13 +93,13 @@ def npu_nsa_compress_attention(
         ValueError: an argument breaks a limit of the operator.
     """
     sizes = (compress_block_size, compress_stride, select_block_size, select_block_count)
-    lists = contract.check_compress_attention(
+    ends = contract.check_compress_attention(
         *(query, key, value, head_num, sizes, topk_mask, atten_mask),
         *(actual_seq_qlen, actual_cmp_seq_kvlen, actual_sel_seq_kvlen),
     )
     by_masks = (False, 0, 0, True, "ascend")
-    backend = resolve("auto")
-    return library.compress_attention(query, key, value, topk_mask, atten_mask, scale_value, *sizes, *by_masks, *lists, backend)
+    lists = (*ends, [0] * len(ends[0]), resolve("auto"))
+    return library.compress_attention(query, key, value, topk_mask, atten_mask, scale_value, *sizes, *by_masks, *lists)
 
 
 def npu_nsa_select_attention(
@@ -143,7 +144,7 @@ def npu_nsa_select_attention(
     )
     ids = library.checked_indices(topk_indices, select_block_size, q_len, kv_len)
     causal_ordered = (atten_mask is not None, False)
-    lists = (q_len, kv_len, resolve("auto"))
+    lists = (q_len, kv_len, [0] * len(q_len), resolve("auto"))
     return library.select_attention(query, key, value, ids, scale_value, select_block_size, *causal_ordered, *lists)
 
 
@@ -176,6 +177,6 @@ def sliding_window_attention(
     Raises:
         ValueError: an argument breaks a limit of the operator.
     """
-    lists = contract.check_window_attention(query, key, value, head_num, window_size, actual_seq_qlen, actual_seq_kvlen)
-    backend = resolve("auto")
-    return library.window_attention(query, key, value, scale_value, window_size, *lists, backend)[0]
+    q_len, kv_len = contract.check_window_attention(query, key, value, head_num, window_size, actual_seq_qlen, actual_seq_kvlen)
+    lists = (q_len, kv_len, aligned_at_ends(q_len, kv_len), resolve("auto"))
+    return library.window_attention(query, key, value, scale_value, window_size, *lists)[0]

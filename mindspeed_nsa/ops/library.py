@@ -94,13 +94,14 @@ def _fake_block_scores(
     return row_max.new_empty(last_row - first_row, key.shape[1], max(lengths(Compressed(*settings[:-1]).sel_len)))
 
 
-# In the order of `reference.Compressed` and `reference.Selected`.
+# In the order of `reference.Compressed`, `Selected` and `Window`.
 _COMPRESSED = (
     "float scale, int compress_block_size, int compress_stride, int select_block_size, int select_block_count, bool causal,"
-    " int init_blocks, int local_blocks, bool own_block, str importance, SymInt[] q_len, SymInt[] cmp_len, SymInt[] sel_len"
+    " int init_blocks, int local_blocks, bool own_block, str importance, SymInt[] q_len, SymInt[] cmp_len, SymInt[] sel_len,"
+    " SymInt[] q_offset"
 )
-_SELECTED = "float scale, int block_size, bool causal, bool ordered, SymInt[] q_len, SymInt[] kv_len"
-_WINDOW = "float scale, int window_size, SymInt[] q_len, SymInt[] kv_len"
+_SELECTED = "float scale, int block_size, bool causal, bool ordered, SymInt[] q_len, SymInt[] kv_len, SymInt[] q_offset"
+_WINDOW = "float scale, int window_size, SymInt[] q_len, SymInt[] kv_len, SymInt[] q_offset"
 _SAVED = "Tensor attention, Tensor softmax_max, Tensor softmax_sum"
 
 compress_attention = _define(
@@ -148,6 +149,20 @@ window_attention_backward = _define(
     _like_inputs(3),
 )
 _differentiate(window_attention, window_attention_backward, tensors=3, differentiable=3, saved_outputs=(0, 1, 2))
+
+
+gated_sum = _define(
+    "gated_sum",
+    "(Tensor gate, Tensor compress, Tensor select, Tensor window, str backend) -> Tensor",
+    lambda gate, compress, *_: torch.empty_like(compress, memory_format=torch.contiguous_format),
+)
+gated_sum_backward = _define(
+    "gated_sum_backward",
+    "(Tensor grad, Tensor gate, Tensor compress, Tensor select, Tensor window, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _like_inputs(4),
+)
+_differentiate(gated_sum, gated_sum_backward, tensors=4, differentiable=4, saved_outputs=())
 
 
 def _checked_indices(topk_indices: Tensor, block_size: int, q_len: list[int], kv_len: list[int]) -> Tensor:

@@ -93,6 +93,7 @@ class Compressed(NamedTuple):
     q_len: Sequence[int]
     cmp_len: Sequence[int]
     sel_len: Sequence[int]
+    q_offset: Sequence[int]  # with `causal`: the position in its sample of each sample's first query
 
 
 def compress_attention(
@@ -103,7 +104,7 @@ def compress_attention(
     With `causal` a query sees the windows that end at or before it, and gets 0 where there are none; the first `init_blocks`
     and the `local_blocks` up to its own are forced; without `own_block` only blocks before its own are chosen. A query before
     token `select_block_size * select_block_count` of its sample lists the blocks 0, 1, ...: there is no choice yet, as no more
-    exist.
+    exist. Queries may be a later part of their sample: `q_offset` says where it starts.
 
     Args:
         query: [T, N1, D1].
@@ -121,7 +122,7 @@ def compress_attention(
     look = _look_at_windows(query.device, atten_mask, at)
     attention, row_max, row_sum = _attend(query, key, value, at.scale, at.q_len, at.cmp_len, look)
     ids = _choose(query, key, row_max, row_sum, topk_mask, look, at)
-    return attention, ids, _per_sample(row_max, at.q_len), _per_sample(row_sum, at.q_len)
+    return attention, ids, per_sample(row_max, at.q_len), per_sample(row_sum, at.q_len)
 
 
 def compress_attention_backward(
@@ -138,7 +139,7 @@ def compress_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for query, key and value. The choice of blocks has none."""
     at = Compressed(*settings)
-    row_max, row_sum = _from_per_sample(softmax_max, at.q_len), _from_per_sample(softmax_sum, at.q_len)
+    row_max, row_sum = from_per_sample(softmax_max, at.q_len), from_per_sample(softmax_sum, at.q_len)
     look = _look_at_windows(query.device, atten_mask, at)
     return _attend_backward(grad, query, key, value, attention, row_max, row_sum, at.scale, at.q_len, at.cmp_len, look)
 
@@ -153,7 +154,7 @@ def block_scores(
         paper, equations 9 and 10). Blocks that a sample does not have score 0.
     """
     at = Compressed(*settings)
-    row_max, row_sum = _from_per_sample(softmax_max, at.q_len), _from_per_sample(softmax_sum, at.q_len)
+    row_max, row_sum = from_per_sample(softmax_max, at.q_len), from_per_sample(softmax_sum, at.q_len)
     look = _look_at_windows(query.device, None, at)
     all_scores = row_max.new_zeros(last_row - first_row, key.shape[1], max(lengths(at.sel_len)))
     for rows, scores in _scores(query, key, row_max, row_sum, (first_row, last_row), look, at):
@@ -163,7 +164,7 @@ def block_scores(
 
 def chosen_blocks(query: Tensor, key: Tensor, softmax_max: Tensor, softmax_sum: Tensor, at: Compressed) -> Tensor:
     """The block ids of `compress_attention`, by the causal rule, from its softmax statistics: [T, N2, select_block_count]."""
-    row_max, row_sum = _from_per_sample(softmax_max, at.q_len), _from_per_sample(softmax_sum, at.q_len)
+    row_max, row_sum = from_per_sample(softmax_max, at.q_len), from_per_sample(softmax_sum, at.q_len)
     return _choose(query, key, row_max, row_sum, None, _look_at_windows(query.device, None, at), at)
 
 
@@ -171,17 +172,22 @@ def _choose(
     query: Tensor, key: Tensor, row_max: Tensor, row_sum: Tensor, topk_mask: Tensor | None, look: Look, at: Compressed
 ) -> Tensor:
     ids = torch.arange(at.select_block_count, dtype=torch.int32, device=query.device).repeat(query.shape[0], key.shape[1], 1)
-    early = at.select_block_size * at.select_block_count if at.causal else 0
-    for start, stop in _samples(at.q_len) if at.select_block_count else []:
-        for rows, scores in _scores(query, key, row_max, row_sum, (start + early, stop), look, at):
-            first, last = rows.start - start, rows.stop - start
+    for (start, stop), offset in zip(_samples(at.q_len), at.q_offset, strict=True) if at.select_block_count else []:
+        first = start + early_rows(offset, at) if at.causal else start
+        for rows, scores in _scores(query, key, row_max, row_sum, (first, stop), look, at):
+            row = torch.arange(rows.start - start, rows.stop - start, device=query.device)
             if at.causal:
-                ids[rows] = choose(scores, torch.arange(first, last, device=query.device), at)
+                ids[rows] = choose(scores, row + offset, at)
                 continue
             if topk_mask is not None:
-                scores = force(scores, topk_mask[first:last, : scores.shape[-1]].bool())
+                scores = force(scores, topk_mask[row, : scores.shape[-1]].bool())
             ids[rows] = top_blocks(scores, at.select_block_count)
     return ids
+
+
+def early_rows(offset: int, at: Compressed) -> int:
+    """How many queries list the blocks 0, 1, ... unseen, of those that start at `offset` of their sample."""
+    return max(at.select_block_size * at.select_block_count - offset, 0)
 
 
 def choose(scores: Tensor, position: Tensor, at: Compressed) -> Tensor:
@@ -218,6 +224,7 @@ def _look_at_windows(device: torch.device, atten_mask: Tensor | None, at: Compre
             masked = None if atten_mask is None else atten_mask[first:last, : windows_of[b]].bool()
             bias = torch.zeros(last - first, windows_of[b], device=device) if masked is None else _bias(masked, LOWEST)
             return Sight(0, windows_of[b], bias[None])
+        first, last = first + at.q_offset[b], last + at.q_offset[b]
         windows = min(windows_of[b], window_count(last, at.compress_block_size, at.compress_stride))
         end = torch.arange(windows, device=device) * at.compress_stride + at.compress_block_size - 1
         future = end > torch.arange(first, last, device=device)[:, None]
@@ -256,6 +263,7 @@ class Selected(NamedTuple):
     ordered: bool  # ids ascend, without repeats; queries before token block_size * k of a sample list 0, 1, ..., k - 1
     q_len: Sequence[int]
     kv_len: Sequence[int]
+    q_offset: Sequence[int]  # the position in its sample of each sample's first query
 
 
 def select_attention(
@@ -276,7 +284,7 @@ def select_attention(
     at = Selected(*settings)
     look = _look_at_blocks(topk_indices, at)
     attention, row_max, row_sum = _attend(query, key, value, at.scale, at.q_len, at.kv_len, look)
-    return attention, _copies(row_max), _copies(row_sum)
+    return attention, copies(row_max), copies(row_sum)
 
 
 def select_attention_backward(
@@ -302,6 +310,7 @@ def _look_at_blocks(topk_indices: Tensor, at: Selected) -> Look:
 
     def look(b: int, first: int, last: int) -> Sight:
         ids = topk_indices[starts[b] + first : starts[b] + last].transpose(0, 1).long()  # [N2, R, k]
+        first, last = first + at.q_offset[b], last + at.q_offset[b]
         row = torch.arange(first, last, device=ids.device)[:, None]
         blocks = int(ids.max()) + 1
         stop = min(blocks * at.block_size, keys_of[b])
@@ -323,12 +332,13 @@ def _look_at_blocks(topk_indices: Tensor, at: Selected) -> Look:
 
 
 class Window(NamedTuple):
-    """Settings of attention over the newest tokens. Samples are aligned at their ends (contract, section 4)."""
+    """Settings of attention over the newest tokens."""
 
     scale: float
     window_size: int  # tokens, the query's own included
     q_len: Sequence[int]
     kv_len: Sequence[int]
+    q_offset: Sequence[int]  # the position in its sample of each sample's first query
 
 
 def window_attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -346,7 +356,7 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) 
     at = Window(*settings)
     look = _look_at_neighbours(query.device, at)
     attention, row_max, row_sum = _attend(query, key, value, at.scale, at.q_len, at.kv_len, look, at.window_size)
-    return attention, _copies(row_max), _copies(row_sum)
+    return attention, copies(row_max), copies(row_sum)
 
 
 def window_attention_backward(
@@ -367,14 +377,41 @@ def window_attention_backward(
 
 
 def _look_at_neighbours(device: torch.device, at: Window) -> Look:
-    offsets = [keys - queries for queries, keys in zip(lengths(at.q_len), lengths(at.kv_len), strict=True)]
+    keys_of = lengths(at.kv_len)
 
     def look(b: int, first: int, last: int) -> Sight:
-        start, stop = max(first + offsets[b] - at.window_size + 1, 0), max(last + offsets[b], 0)
-        age = torch.arange(first, last, device=device)[:, None] + offsets[b] - torch.arange(start, stop, device=device)
+        first, last = first + at.q_offset[b], last + at.q_offset[b]
+        stop = min(max(last, 0), keys_of[b])
+        start = min(max(first - at.window_size + 1, 0), stop)
+        age = torch.arange(first, last, device=device)[:, None] - torch.arange(start, stop, device=device)
         return Sight(start, stop, _bias((age < 0) | (age >= at.window_size), -torch.inf)[None])
 
     return look
+
+
+# ---- the gates
+
+
+def gated_sum(gate: Tensor, compress: Tensor, select: Tensor, window: Tensor) -> Tensor:
+    """Sum of the branches [T, N1, D2], each times the sigmoid of its gate [T, N1, 3], rounded once (paper, equation 5)."""
+    opened = _opened(gate, compress).split(1, dim=-1)
+    first, second, third = (g * branch for g, branch in zip(opened, (compress, select, window), strict=True))
+    return (first + second + third).to(compress.dtype).contiguous()
+
+
+def gated_sum_backward(
+    grad: Tensor, gate: Tensor, compress: Tensor, select: Tensor, window: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `gated_sum` for the gate and for each branch."""
+    grad, opened, branches = _work(grad), _opened(gate, compress), (compress, select, window)
+    grad_opened = torch.stack([(grad * branch).sum(dim=-1) for branch in branches], dim=-1)
+    first, second, third = ((grad * g).to(compress.dtype).contiguous() for g in opened.split(1, dim=-1))
+    return (grad_opened * opened * (1 - opened)).to(gate.dtype), first, second, third
+
+
+def _opened(gate: Tensor, branch: Tensor) -> Tensor:
+    """Between 0 and 1, in the type that sums of branches are kept in."""
+    return gate.to(torch.promote_types(branch.dtype, torch.float32)).sigmoid()
 
 
 # ---- the attention of all three
@@ -527,21 +564,27 @@ def lengths(ends: Sequence[int]) -> list[int]:
     return [stop - start for start, stop in _samples(ends)]
 
 
+def aligned_at_ends(q_len: Sequence[int], kv_len: Sequence[int]) -> list[int]:
+    """The `q_offset` that puts the last query of each sample at its last key."""
+    return [keys - queries for queries, keys in zip(lengths(q_len), lengths(kv_len), strict=True)]
+
+
 def _work(tensor: Tensor) -> Tensor:
     """In the type that sums are kept in: float64 for float64, else float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _copies(row: Tensor) -> Tensor:
+def copies(row: Tensor) -> Tensor:
     """[T, N1] -> [T, N1, 8], as the operators return softmax statistics."""
     return row[..., None].repeat(1, 1, 8)
 
 
-def _per_sample(row: Tensor, ends: Sequence[int]) -> Tensor:
+def per_sample(row: Tensor, ends: Sequence[int]) -> Tensor:
     """[T, N1] -> 8 copies in the order of `npu_fusion_attention`: [N1, S_b, 8] sample after sample, said to be [T, N1, 8]."""
-    return torch.cat([_copies(row[start:stop]).transpose(0, 1).flatten() for start, stop in _samples(ends)]).view(*row.shape, 8)
+    return torch.cat([copies(row[start:stop]).transpose(0, 1).flatten() for start, stop in _samples(ends)]).view(*row.shape, 8)
 
 
-def _from_per_sample(copies: Tensor, ends: Sequence[int]) -> Tensor:
-    heads = copies.shape[1]
-    return torch.cat([copies[start:stop].reshape(heads, -1, 8)[..., 0].T for start, stop in _samples(ends)])
+def from_per_sample(statistic: Tensor, ends: Sequence[int]) -> Tensor:
+    """Undo `per_sample`: [T, N1]."""
+    heads = statistic.shape[1]
+    return torch.cat([statistic[start:stop].reshape(heads, -1, 8)[..., 0].T for start, stop in _samples(ends)])

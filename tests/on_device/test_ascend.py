@@ -230,6 +230,19 @@ def test_refusals(monkeypatch):
         run(reference, inputs(64, 2, 1, (64, 64)), [64])
 
 
+def test_queries_that_start_within_their_sample_are_refused():
+    query, key, value = (torch.randn(64, 1, 64).to(BF16).npu() for _ in range(3))
+    ids = torch.arange(16, dtype=torch.int32).repeat(64, 1, 1).npu()
+    few = key[:11], value[:11]
+    at = (1.0, *packing.SIZES, True, 1, 2, True, "ascend", [64], [11], [4], [128], "ascend")
+    with pytest.raises(ValueError, match=r"q_offset is \[128\]; the Ascend operators take queries from the start"):
+        library.compress_attention(query, *few, None, None, *at)
+    with pytest.raises(ValueError, match=r"q_offset is \[128\]"):
+        library.select_attention(query, key, value, ids, 1.0, 64, True, True, [64], [64], [128], "ascend")
+    with pytest.raises(ValueError, match=r"q_offset is \[1\]; npu_fusion_attention takes .*: \[0\]"):
+        library.window_attention(query, key, value, 1.0, 512, [64], [64], [1], "ascend")
+
+
 def test_each_detour_is_said_once(caplog):
     _, nsa = blocks(2, 1, (64, 64))
     with caplog.at_level(logging.WARNING):

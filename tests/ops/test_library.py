@@ -8,10 +8,10 @@ from mindspeed_nsa import ops
 from mindspeed_nsa.ops import library
 
 ENDS, COMPRESSED_ENDS, BLOCKS = [7, 20], [2, 7], [2, 5]
-COMPRESSED = (0.5, 4, 2, 4, 2, False, 0, 0, True, "ascend", ENDS, COMPRESSED_ENDS, BLOCKS, "reference")
+COMPRESSED = (0.5, 4, 2, 4, 2, False, 0, 0, True, "ascend", ENDS, COMPRESSED_ENDS, BLOCKS, [0, 0], "reference")
 BY_POSITION = (*COMPRESSED[:5], True, 1, 1, False, "paper", *COMPRESSED[10:])
-SELECTED = (0.5, 4, True, False, ENDS, ENDS, "reference")
-WINDOW = (0.5, 3, ENDS, ENDS, "reference")
+SELECTED = (0.5, 4, True, False, ENDS, ENDS, [0, 0], "reference")
+WINDOW = (0.5, 3, ENDS, ENDS, [0, 0], "reference")
 
 
 def rand(*shape, dtype, grad=True):
@@ -28,6 +28,7 @@ def cases(dtype):
     query, key, value = rand(20, 4, 6, dtype=dtype), rand(20, 2, 6, dtype=dtype), rand(20, 2, 5, dtype=dtype)
     small = key[:7].detach().requires_grad_(), value[:7].detach().requires_grad_()
     weight = rand(4, 2, dtype=dtype)
+    gated = rand(20, 4, 3, dtype=dtype), *(rand(20, 4, 5, dtype=dtype) for _ in range(3))
     ids = torch.randint(0, 2, (20, 2, 2), dtype=torch.int32)
     atten_mask, topk_mask = torch.rand(13, 5) < 0.3, torch.rand(13, 3) < 0.3
     forward = {
@@ -36,6 +37,7 @@ def cases(dtype):
         "compress_attention by position": (library.compress_attention, (query, *small, None, None, *BY_POSITION)),
         "select_attention": (library.select_attention, (query, key, value, ids, *SELECTED)),
         "window_attention": (library.window_attention, (query, key, value, *WINDOW)),
+        "gated_sum": (library.gated_sum, (*gated, "reference")),
     }
     yield from ((name, *case) for name, case in forward.items())
     q, k, v, ck, cv = (x.detach() for x in (query, key, value, *small))
@@ -50,6 +52,8 @@ def cases(dtype):
     yield "select_attention_backward", library.select_attention_backward, arguments
     out, *saved = library.window_attention(q, k, v, *WINDOW)
     yield "window_attention_backward", library.window_attention_backward, (torch.ones_like(out), q, k, v, out, *saved, *WINDOW)
+    gated = [x.detach() for x in gated]
+    yield "gated_sum_backward", library.gated_sum_backward, (torch.ones_like(gated[1]), *gated, "reference")
     yield "checked_indices", library.checked_indices, (ids, 3, ENDS, ENDS)
 
 

@@ -35,7 +35,7 @@ def windows(lengths, sizes=SMALL):
 def compress_attention(query, key, value, topk_mask, atten_mask, q_lengths, c_lengths, sizes=SMALL, scale=0.7):
     """By masks, as the operator has it."""
     blocks = [-(-c // (sizes.block // sizes.stride)) for c in c_lengths]
-    lists = (prefix_sums(q_lengths), prefix_sums(c_lengths), prefix_sums(blocks))
+    lists = (prefix_sums(q_lengths), prefix_sums(c_lengths), prefix_sums(blocks), [0] * len(blocks))
     settings = (scale, *sizes, False, 0, 0, True, "ascend", *lists)
     return library.compress_attention(query, key, value, topk_mask, atten_mask, *settings, "reference")
 
@@ -70,7 +70,7 @@ def test_importance_by_hand():
     """Windows of 2 strides, blocks of 4: 1, 2, 2, 2, 1 from the window that starts with the block."""
     probability = torch.tensor([0.5, 0.25, 0.0, 0.125, 0.0625, 0.0625], dtype=F64)
     query, key = torch.ones(1, 1, 1, dtype=F64), probability.clamp(min=1e-300).log().reshape(6, 1, 1)
-    at = (1.0, 4, 2, 8, 0, True, 1, 2, True, "ascend", [100], [6], [2])
+    at = (1.0, 4, 2, 8, 0, True, 1, 2, True, "ascend", [100], [6], [2], [0])
     query = query.repeat(100, 1, 1)
     _, _, row_max, row_sum = library.compress_attention(query, key, key, None, None, *at, "reference")
     scores = library.block_scores(query, key, row_max, row_sum, 99, 100, *at, "reference")
@@ -86,7 +86,7 @@ def test_select_by_hand():
     value = torch.tensor([1.0, 10.0, 100.0, 1000.0], dtype=F64).reshape(4, 1, 1)
     query = torch.ones(1, 1, 1, dtype=F64)
     ids = torch.tensor([[[1, 0, 1]]], dtype=torch.int32)
-    out, row_max, row_sum = library.select_attention(query, key, value, ids, 1.0, 2, False, False, [1], [4], "reference")
+    out, row_max, row_sum = library.select_attention(query, key, value, ids, 1.0, 2, False, False, [1], [4], [0], "reference")
     assert out.item() == pytest.approx((1 + 20 + 2 * 300 + 2 * 4000) / (1 + 2 + 2 * 3 + 2 * 4))
     assert row_max.flatten().tolist() == [math.log(4)] * 8
     assert row_sum.flatten().tolist() == pytest.approx([17 / 4] * 8)
@@ -95,10 +95,10 @@ def test_select_by_hand():
 def test_window_by_hand():
     value = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=F64).reshape(4, 1, 1)
     flat = torch.zeros(4, 1, 1, dtype=F64)
-    out = library.window_attention(flat, flat, value, 1.0, 2, [3, 4], [3, 4], "reference")[0]
+    out = library.window_attention(flat, flat, value, 1.0, 2, [3, 4], [3, 4], [0, 0], "reference")[0]
     assert out.flatten().tolist() == [1.0, 1.5, 3.0, 8.0]
     # One query, three keys: aligned at the end.
-    out = library.window_attention(flat[:1], flat[:3], value[:3], 1.0, 2, [1], [3], "reference")[0]
+    out = library.window_attention(flat[:1], flat[:3], value[:3], 1.0, 2, [1], [3], [2], "reference")[0]
     assert out.item() == 3.0
 
 
@@ -193,7 +193,7 @@ def test_select_attention(causal, heads, kv_heads):
     ids = (torch.rand(32, kv_heads, 3) * blocks[:, None, None]).int()
     assert any(len(set(row)) < 3 for row in ids.flatten(0, 1).tolist())
     ends = (prefix_sums(q_lengths), prefix_sums(kv_lengths))
-    out, row_max, row_sum = library.select_attention(query, key, value, ids, 0.7, 4, causal, False, *ends, "reference")
+    out, row_max, row_sum = library.select_attention(query, key, value, ids, 0.7, 4, causal, False, *ends, [0] * 3, "reference")
     expected = oracle.select_attention(query, key, value, ids, 0.7, 4, causal, *ends)
     torch.testing.assert_close(out, expected.out, **CLOSE)
     torch.testing.assert_close(row_max, expected.highest[..., None].expand(-1, -1, 8), **CLOSE)
@@ -205,7 +205,7 @@ def test_select_is_aligned_at_the_first_token():
     """One query before many keys sees the first of them."""
     query, key, value = qkv(1, 8, 1, 1)
     ids = torch.zeros(1, 1, 1, dtype=torch.int32)
-    out = library.select_attention(query, key, value, ids, 0.7, 4, True, False, [1], [8], "reference")[0]
+    out = library.select_attention(query, key, value, ids, 0.7, 4, True, False, [1], [8], [0], "reference")[0]
     torch.testing.assert_close(out[0, 0], value[0, 0], **CLOSE)
 
 
@@ -219,7 +219,9 @@ def test_window_attention(window_size, longer):
         kv_lengths = q_lengths
     query, key, value = qkv(sum(q_lengths), sum(kv_lengths))
     ends = (prefix_sums(q_lengths), prefix_sums(kv_lengths))
-    out, row_max, row_sum = library.window_attention(query, key, value, 0.7, window_size, *ends, "reference")
+    out, row_max, row_sum = library.window_attention(
+        query, key, value, 0.7, window_size, *ends, reference.aligned_at_ends(*ends), "reference"
+    )
     expected = oracle.window_attention(query, key, value, 0.7, window_size, *ends)
     torch.testing.assert_close(out, expected.out, **CLOSE)
     torch.testing.assert_close(row_max, expected.highest[..., None].expand(-1, -1, 8), **CLOSE)
@@ -239,7 +241,7 @@ def test_causal_compress_attention(lengths, group, importance, per_window):
     c_lengths, ends = windows(lengths, sizes), prefix_sums(lengths)
     query, key, value = qkv(sum(lengths), sum(c_lengths), group, 1)
     lists = (ends, prefix_sums(c_lengths), prefix_sums([-(-length // 8) for length in lengths]))
-    at = (0.7, *sizes, True, 1, 1, True, importance, *lists)
+    at = (0.7, *sizes, True, 1, 1, True, importance, *lists, [0] * len(lengths))
     out, ids, row_max, row_sum = library.compress_attention(query, key, value, None, None, *at, "reference")
     scores = library.block_scores(query, key, row_max, row_sum, 0, sum(lengths), *at, "reference")
 
@@ -278,14 +280,14 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *x: first(library.compress, *x, 4, 2, [1, 11]), (tokens, weight))
     query, key, value = qkv(4, 9, 2, 1, (3, 2))
     atten_mask = torch.rand(3, 5) < 0.4
-    lists = [1, 4], [4, 9], [1, 3]
+    lists = [1, 4], [4, 9], [1, 3], [0, 0]
     at = (None, atten_mask, 0.7, 4, 2, 4, 1, False, 0, 0, True, "ascend", *lists)
     assert torch.autograd.gradcheck(lambda *x: first(library.compress_attention, *x, *at), (query, key, value))
     ids = torch.tensor([[[0, 1]], [[0, 0]], [[1, 2]], [[2, 0]]], dtype=torch.int32)
     for causal in (False, True):
-        at = (ids, 0.7, 2, causal, False, [1, 4], [4, 9])
+        at = (ids, 0.7, 2, causal, False, [1, 4], [4, 9], [0, 0])
         assert torch.autograd.gradcheck(lambda *x, at=at: first(library.select_attention, *x, *at), (query, key, value))
-    at = (0.7, 2, [1, 4], [4, 9])
+    at = (0.7, 2, [1, 4], [4, 9], [3, 2])
     assert torch.autograd.gradcheck(lambda *x: first(library.window_attention, *x, *at), (query, key, value))
 
 
@@ -299,12 +301,12 @@ def everything(seed=1):
     ends, c_lengths = prefix_sums(lengths), windows(lengths)
     query, key, value = qkv(201, 201)
     blocks = prefix_sums([-(-length // 8) for length in lengths])
-    at = (0.7, *SMALL, True, 1, 1, True, "ascend", ends, prefix_sums(c_lengths), blocks)
+    at = (0.7, *SMALL, True, 1, 1, True, "ascend", ends, prefix_sums(c_lengths), blocks, [0] * 3)
     small_key, small_value = key[: sum(c_lengths)], value[: sum(c_lengths)]
     compressed, ids, *statistics = library.compress_attention(query, small_key, small_value, None, None, *at, "reference")
     scores = library.block_scores(query, small_key, *statistics, 30, 180, *at, "reference")
-    selected = library.select_attention(query, key, value, ids, 0.7, 8, True, False, ends, ends, "reference")
-    window = library.window_attention(query, key, value, 0.7, 13, ends, ends, "reference")
+    selected = library.select_attention(query, key, value, ids, 0.7, 8, True, False, ends, ends, [0] * 3, "reference")
+    window = library.window_attention(query, key, value, 0.7, 13, ends, ends, [0] * 3, "reference")
     gradients = torch.autograd.grad(sum(x.sin().sum() for x in (compressed, selected[0], window[0])), (query, key, value))
     return ids, (compressed, *statistics, scores, *selected, *window, *gradients)
 
@@ -329,8 +331,8 @@ def test_lower_types_are_within_a_rounding(dtype):
     def results(query, key, value, weight):
         pooled = library.compress(key, weight, 4, 2, [40], "reference")
         cmp = compress_attention(query, key, value, None, None, [40], [40])
-        select = library.select_attention(query, key, value, ids, 0.7, 8, True, False, [40], [40], "reference")
-        window = library.window_attention(query, key, value, 0.7, 9, [40], [40], "reference")
+        select = library.select_attention(query, key, value, ids, 0.7, 8, True, False, [40], [40], [0], "reference")
+        window = library.window_attention(query, key, value, 0.7, 9, [40], [40], [0], "reference")
         outs = (pooled, cmp[0], select[0], window[0])
         grads = torch.autograd.grad(sum((out * out.detach().sign()).sum() for out in outs), (query, key, value, weight))
         return (*outs, *grads), (*cmp[2:], *select[1:], *window[1:])
@@ -358,8 +360,8 @@ def test_inputs_need_not_be_contiguous():
     for a, b in (
         (library.compress(tokens, weight, 4, 2, [11], "reference"), library.compress(odd[3], weight, 4, 2, [11], "reference")),
         *zip(
-            library.window_attention(query, key, value, 0.7, 4, [11], [11], "reference"),
-            library.window_attention(*odd[:3], 0.7, 4, [11], [11], "reference"),
+            library.window_attention(query, key, value, 0.7, 4, [11], [11], [0], "reference"),
+            library.window_attention(*odd[:3], 0.7, 4, [11], [11], [0], "reference"),
             strict=True,
         ),
     ):
@@ -369,3 +371,60 @@ def test_inputs_need_not_be_contiguous():
 def test_seen_windows_are_counted():
     assert [reference.window_count(length, 32, 16) for length in (0, 31, 32, 47, 48, 1024)] == [0, 0, 1, 1, 2, 63]
     assert reference.lengths([3, 3, 10]) == [3, 0, 7]
+
+
+# ---- queries that are a part of their sample
+
+
+@pytest.mark.parametrize("cuts", [[100], [1, 23, 24, 64, 99, 100], [0, 50, 50, 100]])
+def test_pieces_of_a_sample_are_the_whole(cuts):
+    """Each piece against all keys: outputs, statistics, scores, ids and gradients of the sample that was not cut."""
+    query, key, value = qkv(100, 100)
+    small_key, small_value = (x[: windows([100])[0]] for x in (key, value))
+    offsets = [0, *cuts[:-1]]
+
+    def results(q_ends, copies, offsets):
+        def ends(of_sample):
+            return prefix_sums([of_sample] * copies)
+
+        at = (0.7, *SMALL, True, 1, 1, True, "ascend", q_ends, ends(len(small_key)), ends(13), offsets)
+        few = small_key.repeat(copies, 1, 1), small_value.repeat(copies, 1, 1)
+        all_keys = key.repeat(copies, 1, 1), value.repeat(copies, 1, 1)
+        compressed, ids, *statistics = library.compress_attention(query, *few, None, None, *at, "reference")
+        scores = library.block_scores(query, few[0], *statistics, 30, 95, *at, "reference")
+        lists = (q_ends, ends(100), offsets, "reference")
+        selected = library.select_attention(query, *all_keys, ids, 0.7, 8, True, False, *lists)
+        window = library.window_attention(query, *all_keys, 0.7, 13, *lists)
+        outs = compressed, selected[0], window[0]
+        gradients = torch.autograd.grad(sum(out.sin().sum() for out in outs), (query, key, value))
+        return ids, (compressed, scores, *selected, *window, *gradients)
+
+    ids, whole = results([100], 1, [0])
+    piece_ids, pieces = results(cuts, len(cuts), offsets)
+    assert torch.equal(ids, piece_ids)
+    for a, b in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_window_past_the_last_key_is_empty():
+    query, key, value = qkv(3, 5)
+    out, row_max, row_sum = library.window_attention(query, key, value, 0.7, 4, [3], [5], [7], "reference")
+    expected = library.window_attention(query[:1], key[4:], value[4:], 0.7, 1, [1], [1], [0], "reference")[0]
+    torch.testing.assert_close(out[:1], expected, **CLOSE)  # token 7 sees tokens 4 to 7, of which 4 is there
+    assert not any(x[1:].any() for x in (out, row_max, row_sum))
+
+
+# ---- the gates
+
+
+@pytest.mark.parametrize("gate_type", [torch.float32, F64])
+def test_gated_sum(gate_type):
+    gate, branches = rand(7, 4, 3, dtype=gate_type), [rand(7, 4, 5) for _ in range(3)]
+    out = library.gated_sum(gate, *branches, "reference")
+    expected = sum(torch.sigmoid(gate[..., i, None]) * branch for i, branch in enumerate(branches))
+    close = CLOSE if gate_type == F64 else {"rtol": 1e-6, "atol": 1e-6}
+    torch.testing.assert_close(out, expected, **close)
+    weight = torch.randn_like(out)
+    gradients = (torch.autograd.grad(x, (gate, *branches), weight) for x in (out, expected))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, **close)

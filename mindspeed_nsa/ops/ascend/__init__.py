@@ -18,7 +18,17 @@ from torch import Tensor
 
 from .. import reference
 from ..contract import SELECT_DIMS
-from ..reference import Compressed, Selected, Window, block_scores, lengths, window_count
+from ..reference import (
+    Compressed,
+    Selected,
+    Window,
+    aligned_at_ends,
+    block_scores,
+    gated_sum,
+    gated_sum_backward,
+    lengths,
+    window_count,
+)
 from . import operators
 from .packing import SIZES, Blocks, Windows, blocks_of, masks, say_once, windows_of
 from .probe import PLANS, Plan, probe
@@ -29,6 +39,8 @@ __all__ = [
     "compress_attention",
     "compress_attention_backward",
     "compress_backward",
+    "gated_sum",
+    "gated_sum_backward",
     "plan",
     "select_attention",
     "select_attention_backward",
@@ -211,6 +223,7 @@ def _operator_chooses(query: Tensor, key: Tensor, at: Compressed) -> bool:
 
 def _check_compressed(query: Tensor, key: Tensor, at: Compressed) -> None:
     _check_half(query)
+    _check_whole(at.q_offset)
     sizes = at.compress_block_size, at.compress_stride, at.select_block_size, at.select_block_count or SIZES[3]
     if sizes != SIZES:
         names = "compress_block_size, compress_stride, select_block_size, select_block_count"
@@ -238,6 +251,7 @@ def select_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.select_attention`. Lists that are not `ordered` go to the operator as they are."""
     at = Selected(*settings)
+    _check_whole(at.q_offset)
     if not at.ordered:
         return operators.select_attention(query, key, value, topk_indices, at.scale, at.q_len, at.kv_len, at.causal)
     _check_select(key, value)
@@ -331,6 +345,11 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, *settings: Any) 
         raise ValueError(
             "a sample has more queries than keys; npu_fusion_attention has no causal window for those that see none"
         )
+    if list(at.q_offset) != aligned_at_ends(at.q_len, at.kv_len):
+        raise ValueError(
+            f"q_offset is {list(at.q_offset)}; npu_fusion_attention takes windows whose last query is at the last key of its "
+            f"sample: {aligned_at_ends(at.q_len, at.kv_len)}"
+        )
     return operators.fusion_attention(query, key, value, at.scale, at.q_len, at.kv_len, **_banded(query, key, at))
 
 
@@ -360,6 +379,11 @@ def _banded(query: Tensor, key: Tensor, at: Window) -> dict[str, Any]:
 
 
 # ---- rows
+
+
+def _check_whole(q_offset: Sequence[int]) -> None:
+    if any(q_offset):
+        raise ValueError(f"q_offset is {list(q_offset)}; the Ascend operators take queries from the start of their sample: 0")
 
 
 def _check_half(tensor: Tensor) -> None:

@@ -160,7 +160,8 @@ def _compress(inputs: _Inputs) -> Check:
 def _settings() -> Compressed:
     windows = windows_of((_TOKENS,), torch.device("cpu"))
     causal_init_local_own = True, 1, 2, True
-    return Compressed(_SCALE, *SIZES, *causal_init_local_own, "ascend", windows.q_len, windows.cmp_len, windows.sel_len)
+    lists = windows.q_len, windows.cmp_len, windows.sel_len, [0]
+    return Compressed(_SCALE, *SIZES, *causal_init_local_own, "ascend", *lists)
 
 
 def _through_operator(inputs: _Inputs, at: Compressed) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -228,7 +229,7 @@ def _fusion(kind: str, inputs: _Inputs, pads_value: bool, **how: Any) -> Check:
 
     def on_host() -> Sequence[Tensor]:
         operands = host.query, host.key, host.value
-        at = _SCALE, how.get("reach", _TOKENS) + 1, ends, ends
+        at = _SCALE, how.get("reach", _TOKENS) + 1, ends, ends, [0]
         saved = reference.window_attention(*operands, *at)
         return saved[0], *reference.window_attention_backward(host.grad, *operands, *saved, *at)
 
@@ -252,7 +253,7 @@ def _select(inputs: _Inputs, masked: bool) -> Check:
 
     def on_host() -> Sequence[Tensor]:
         operands = host.query, host.key, host.value, ids
-        at = _SCALE, BLOCK, True, True, ends, ends
+        at = _SCALE, BLOCK, True, True, ends, ends, [0]
         saved = reference.select_attention(*operands, *at)
         return saved[0][kept], *reference.select_attention_backward(grad, *operands, *saved, *at)
 
