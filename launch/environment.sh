@@ -11,7 +11,7 @@ fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # make_environment FOLDER [REQUIREMENT...]: install the project and the requirements in a virtual environment, unless
-# it is there, whole, and of this pyproject.toml.
+# it is there, whole, and of these sources of what is built: pyproject.toml, setup.py and the CPU kernels.
 make_environment() {
   local folder=$1 python="${PYTHON:-python3}" wanted
   shift
@@ -19,7 +19,7 @@ make_environment() {
   read -ra torch <<< "${NSA_TORCH:-torch==2.13.0}"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     { echo "$python: Python 3.10 or newer is needed; PYTHON=... chooses one" >&2; return 2; }
-  wanted="$(cksum < pyproject.toml) $*"
+  wanted="$(cat pyproject.toml setup.py mindspeed_nsa/ops/cpu/csrc/* | cksum) $*"
   if [[ -x $folder/bin/python && "$(cat "$folder/complete" 2> /dev/null)" == "$wanted" ]]; then
     echo "$folder is there"
     return

@@ -1,5 +1,6 @@
 """`mindspeed-nsa doctor`: what this machine has, whether a job can run on it, and what to do where it cannot."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -106,7 +107,7 @@ def _devices() -> list[str]:
 
 
 def _machine(npu: str, devices: list[str], severity: str) -> list[Row]:
-    rows = [Row("machine", "torch", OK, torch.__version__)]
+    rows = [Row("machine", "torch", OK, torch.__version__), _cpu_kernels()]
     if npu == "absent":
         advice = "install the torch_npu of this torch's release, and CANN" if severity == FAULT else ""
         return [*rows, Row("machine", "torch_npu", severity, "not installed", advice)]
@@ -126,6 +127,18 @@ def _machine(npu: str, devices: list[str], severity: str) -> list[Row]:
         return [*rows, Row("machine", "devices", severity, "none", advice)]
     kinds = ", ".join(f"{devices.count(kind)} x {kind}" for kind in dict.fromkeys(devices))
     return [*rows, Row("machine", "devices", OK, kinds)]
+
+
+def _cpu_kernels() -> Row:
+    try:
+        native = importlib.import_module("mindspeed_nsa.ops.cpu.native")
+    except ImportError as error:
+        advice = "install a C++ compiler, g++ or clang++, then the project again; until then the CPU runs the reference, slowly"
+        return Row("machine", "CPU kernels", NOTE, str(error), advice)
+    except ValueError as error:
+        return Row("machine", "CPU kernels", FAULT, str(error), "unset NSA_CPU_ISA")
+    forced = ", because NSA_CPU_ISA says so" if "NSA_CPU_ISA" in os.environ else ""
+    return Row("machine", "CPU kernels", OK, f"{native.isa()}{forced}, of {', '.join(native.isas())} here")
 
 
 def _release() -> Row:

@@ -18,13 +18,14 @@ CHIP_JOB = {
     "parallel": {"tensor_model_parallel_size": 2},
     "training": {"train_iters": 1, "global_batch_size": 8, "lr": 1e-3, "bf16": True},
 }
-FIND = doctor._torch_npu
+FIND, KERNELS = doctor._torch_npu, doctor._cpu_kernels
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """A machine without accelerator, and with a Megatron-core."""
+    """A machine without accelerator, and with CPU kernels and a Megatron-core."""
     monkeypatch.setattr(doctor, "_torch_npu", lambda: "absent")
+    monkeypatch.setattr(doctor, "_cpu_kernels", lambda: doctor.Row("machine", "CPU kernels", OK, "generic"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(job_module, "megatron_version", lambda: (0, 16))
     monkeypatch.delenv("NSA_ASCEND_PLAN", raising=False)
@@ -86,13 +87,33 @@ def row_of(rows, subject):
 
 def test_a_machine_without_torch_npu_is_sound(capsys):
     rows = doctor.examine()
-    assert statuses(rows) == {"torch": OK, "torch_npu": NOTE, "this machine": OK}
+    assert statuses(rows) == {"torch": OK, "CPU kernels": OK, "torch_npu": NOTE, "this machine": OK}
     assert rows[-1].finding == "runs on the CPU"
     with pytest.raises(SystemExit) as stopped:
         main(["doctor"])
     out = capsys.readouterr().out
     assert stopped.value.code == 0
     assert "not installed" in out and "\x1b" not in out
+
+
+def test_the_native_kernels_are_named_or_missed(monkeypatch):
+    monkeypatch.delenv("NSA_CPU_ISA", raising=False)
+    native = SimpleNamespace(isa=lambda: "avx2", isas=lambda: ["generic", "avx2"])
+    monkeypatch.setattr(doctor.importlib, "import_module", lambda name: native)
+    assert KERNELS()[2:4] == (OK, "avx2, of generic, avx2 here")
+
+    def refuse(error):
+        def load(name):
+            raise error
+
+        monkeypatch.setattr(doctor.importlib, "import_module", load)
+        return KERNELS()
+
+    row = refuse(ImportError("there was no C++ compiler"))
+    assert (row.status, row.finding) == (NOTE, "there was no C++ compiler")
+    assert "g++" in row.advice
+    row = refuse(ValueError("NSA_CPU_ISA is 'amx'; this processor allows: generic"))
+    assert (row.status, row.advice) == (FAULT, "unset NSA_CPU_ISA")
 
 
 def test_a_torch_npu_that_does_not_load_is_a_fault_unless_a_job_does_without(monkeypatch, job):

@@ -1,7 +1,6 @@
 """Which code runs an operator: a small registry of modules whose functions are named as in `reference`."""
 
 import importlib
-import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ def use_backend(name: str) -> Iterator[None]:
             the reference.
 
     Raises:
-        ValueError: there is no backend of that name in this installation.
+        ValueError: there is no backend of that name, or it cannot run here.
     """
     global _chosen
     if name != "auto":
@@ -47,22 +46,18 @@ def load(name: str, device_type: str) -> ModuleType:
     """The module that runs tensors on `device_type` for a resolved backend name.
 
     Raises:
-        ValueError: there is no backend of that name in this installation, or what it is built on does not load.
+        ValueError: there is no backend of that name, or what it is built on does not load.
     """
-    if name == "auto":
-        name = _OF_DEVICE.get(device_type, "reference")
-        if not _installed(name):
-            _logger.warning(
-                "no native %s kernels in this installation: the operators run on the reference, which is slow", name
-            )
-            name = "reference"
-    if not _installed(name):
-        here = ", ".join(filter(_installed, _MODULES))
-        raise ValueError(f"backend {name!r} is not in this installation; allowed: auto, {here}")
+    wanted = _OF_DEVICE.get(device_type, "reference") if name == "auto" else name
+    if wanted not in _MODULES:
+        raise ValueError(f"there is no backend {name!r}; allowed: auto, {', '.join(_MODULES)}")
     try:
-        return importlib.import_module(_MODULES[name])
+        return importlib.import_module(_MODULES[wanted])
     except ImportError as error:
-        raise ValueError(f"backend {name!r} cannot run here: {error}; `mindspeed-nsa doctor` says what to do") from error
+        if (name, wanted) == ("auto", "cpu"):
+            _logger.warning("no native CPU kernels: %s; the operators run on the reference, which is slow", error)
+            return importlib.import_module(_MODULES["reference"])
+        raise ValueError(f"backend {wanted!r} cannot run here: {error}; `mindspeed-nsa doctor` says what to do") from error
 
 
 @torch.compiler.assume_constant_result
@@ -76,7 +71,3 @@ def selects_own_block(name: str, device_type: str, group: int) -> bool:
     """
     backend = load(name, device_type)
     return not hasattr(backend, "plan") or backend.plan(group).name == "A"
-
-
-def _installed(name: str) -> bool:
-    return name in _MODULES and importlib.util.find_spec(_MODULES[name]) is not None

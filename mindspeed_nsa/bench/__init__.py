@@ -1,0 +1,1 @@
+"""What the operators cost, against what else a person could run."""
