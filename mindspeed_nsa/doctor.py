@@ -14,9 +14,9 @@ import torch
 from . import autoload
 from .heads import HeadSplit, split_heads
 from .launch import hosts
+from .memory import mask_bytes
 from .ops import backends, schemas
 from .ops.contract import SELECT_DIMS
-from .ops.reference import window_count
 from .pretrain.job import Job
 
 OK, NOTE, FAULT = "ok", "note", "FAULT"
@@ -328,9 +328,7 @@ def _ragged(job: Job) -> list[Row]:
 
 
 def _masks(job: Job) -> Row:
-    nsa, length = job.nsa, job.model.seq_length
-    windows = window_count(length, nsa.compress_block_size, nsa.compress_stride)
-    size = length * (windows + -(-length // nsa.select_block_size))
+    size = mask_bytes(job.nsa, job.model.seq_length)
     return Row("job", "masks", OK, f"{size / 2**20:,.1f} MiB on the chip a rank, one set for all layers")
 
 

@@ -39,13 +39,14 @@ def preflight(nodes: Nodes, doctor: list[str], environment: dict[str, str], pati
 
 
 def _examine(doctor: list[str], environment: dict[str, str]) -> str:
-    """Run the doctor; what it reports of a fault is printed, and its last line returned."""
+    """Run the doctor; where it finds a fault, what it says is printed, and the first line that names one returned."""
     done = subprocess.run(doctor, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode == 0:
         return ""
     print(done.stdout, end="", file=sys.stderr, flush=True)
-    lines = done.stdout.strip().splitlines()
-    return " ".join(lines[-1].split()) if lines else f"the doctor ended with exit code {done.returncode}"
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines() if line.strip()]
+    named = [line for line in lines if " FAULT " in line] or lines[-1:]
+    return named[0] if named else f"the doctor ended with exit code {done.returncode}"
 
 
 def _exchange(nodes: Nodes, verdict: dict[str, Any], patience: float) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ class ModelSection(Section):
         max_position_embeddings: longest sequence of learned positions, defaults to seq_length.
         attention_dropout: 0, because the attention operators have none.
         num_experts: routed experts of a Mixture of Experts, none by default.
-        moe_layer_freq: which layers have experts: 1, all of them, or a pattern such as `[0]+[1]*29`.
+        moe_layer_freq: which layers have experts: 1, all of them, or a pattern such as `([0]*1+[1]*29)`.
         moe_ffn_hidden_size: width of one routed expert, defaults to that of a dense layer.
         moe_shared_expert_intermediate_size: width of all shared experts together, none by default.
         moe_router_topk: experts that each token is sent to.
@@ -96,7 +96,7 @@ class ModelSection(Section):
         if self.moe_router_topk > self.num_experts:
             raise ValueError(f"moe_router_topk: {self.moe_router_topk} is more than num_experts {self.num_experts}")
         if isinstance(self.moe_layer_freq, str) and not _LAYER_PATTERN.fullmatch(self.moe_layer_freq):
-            raise ValueError(f"moe_layer_freq: {self.moe_layer_freq!r} is neither 1 nor a pattern such as `[0]+[1]*29`")
+            raise ValueError(f"moe_layer_freq: {self.moe_layer_freq!r} is neither 1 nor a pattern such as `([0]*1+[1]*29)`")
         if len(self.expert_layers) != self.num_layers:
             raise ValueError(
                 f"moe_layer_freq: {self.moe_layer_freq} is of {len(self.expert_layers)} layers, not {self.num_layers}"
@@ -138,7 +138,7 @@ class ModelSection(Section):
 
 
 _LATENT_ONLY = {"q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"}
-_LAYER_PATTERN = re.compile(r"\[[01]\](\*\d+)?(\+\[[01]\](\*\d+)?)*")
+_LAYER_PATTERN = re.compile(r"\(\[[01]\](\*\d+)?(\+\[[01]\](\*\d+)?)*\)")
 
 
 class ParallelSection(Section):
