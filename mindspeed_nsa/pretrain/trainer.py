@@ -296,6 +296,8 @@ class Trainer:
             f"{parallel.tensor_model_parallel_size}{' with sequence parallel' * parallel.sequence_parallel}, pipeline "
             f"{parallel.pipeline_model_parallel_size}, data parallel {parallel_state.get_data_parallel_world_size()}"
         )
+        if job.megatron:
+            yield f"not read here, for Megatron-LM alone: megatron.{', megatron.'.join(job.megatron)}"
         dense = len(layers) < job.model.num_layers and not job.model.multi_latent_attention
         if dense and job.model.v_head_dim not in (None, job.model.head_width):
             yield (
