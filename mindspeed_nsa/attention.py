@@ -16,7 +16,7 @@ from .ops import library
 from .ops.backends import resolve, selects_own_block
 from .ops.contract import SELECT_DIMS
 from .ops.reference import Compressed
-from .samples import Samples
+from .samples import Part, Samples
 
 BRANCHES = ("compress", "select", "window")
 Branches = tuple[Tensor, Tensor, Tensor]
@@ -67,56 +67,70 @@ class NativeSparseAttention(nn.Module):
         value: Tensor | Branches,
         gate: Tensor,
         actual_seq_len: Sequence[int] | None = None,
+        query_spans: Sequence[tuple[int, int]] | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
-            query: [T, N1, D1].
+            query: [T, N1, D1]; with `query_spans` [T1, N1, D1].
             key: [T, N2, D1], or one for each branch: (compress, select, window).
             value: [T, N2, D2], or one for each branch.
-            gate: logits [T, N1, 3], in the order of the branches.
+            gate: logits [T, N1, 3], in the order of the branches; with `query_spans` [T1, N1, 3].
             actual_seq_len: prefix sums of the sample lengths, without a leading 0; None: one sample.
+            query_spans: the tokens that have a query here, as the first and the last + 1 of each run of them; None: all.
 
         Returns:
-            [T, N1, D2].
+            As query, with dim D2.
 
         Raises:
             ValueError: a shape, a type or the prefix sums do not fit.
         """
         keys, values = ((x,) * 3 if isinstance(x, Tensor) else tuple(x) for x in (key, value))
-        self._check_inputs(query, keys, values, gate)
-        samples = Samples.of(actual_seq_len, query.shape[0])
+        tokens = query.shape[0] if query_spans is None else keys[0].shape[0]
+        samples = Samples.of(actual_seq_len, tokens)
+        parts = [samples.whole] if query_spans is None else [samples.part(*span) for span in query_spans]
+        sizes = [part.q_len[-1] for part in parts]
+        self._check_inputs(query, keys, values, gate, sum(sizes), tokens)
         backend = resolve(self.config.backend)
-        compressed, topk_indices = self._compress(query, keys[0], values[0], samples, backend)
-        selected = library.select_attention(
-            *(query, keys[1], values[1], topk_indices),
-            *(self.scale, self.config.select_block_size, True, True, samples.ends, samples.ends, samples.q_offset, backend),
-        )[0]
-        window = library.window_attention(
-            *(query, keys[2], values[2]),
-            *(self.scale, self.config.window_size, samples.ends, samples.ends, samples.q_offset, backend),
-        )[0]
+        settings = [self._settings(part, backend, query.device) for part in parts]
+        pooled = self.compress_key(keys[0], samples, backend), self.compress_value(values[0], samples, backend)
+        branches = (pooled, (keys[1], values[1]), (keys[2], values[2]))
+        done = [
+            self._attend(queries, gates, self._visible(branches, part), part, at, backend)
+            for part, at, queries, gates in zip(parts, settings, query.split(sizes), gate.split(sizes), strict=True)
+        ]
+        attention, topk_indices = ([each[i] for each in done] for i in range(2))
         if self.collect_statistics:
-            means = gate.float().sigmoid().mean(dim=(0, 1))
-            self.statistics |= {f"gate_{name}": mean.item() for name, mean in zip(BRANCHES, means, strict=True)}
-        return library.gated_sum(gate, compressed, selected, window, backend)
+            self._note(gate, torch.cat(topk_indices), parts, settings[0])
+        return attention[0] if len(attention) == 1 else torch.cat(attention)
 
-    def _compress(self, query: Tensor, key: Tensor, value: Tensor, samples: Samples, backend: str) -> tuple[Tensor, Tensor]:
-        """The compressed branch [T, N1, D2], and the blocks for the selected one [T, N2, select_block_count]."""
-        key = self.compress_key(key, samples, backend)
-        value = self.compress_value(value, samples, backend)
-        at = self._settings(samples, backend, query.device)
-        together = self.score_group is not None
-        here = at._replace(select_block_count=0) if together else at
+    def _visible(self, branches: Sequence[tuple[Tensor, Tensor]], part: Part) -> list[tuple[Tensor, Tensor]]:
+        """Key and value of each branch, as far as the queries of a part see them."""
+        windows = part.windows(self.config.compress_block_size, self.config.compress_stride)
+        return [(key[seen], value[seen]) for (key, value), seen in zip(branches, (windows, part.keys, part.keys), strict=True)]
+
+    def _attend(
+        self, query: Tensor, gate: Tensor, branches: Sequence[tuple[Tensor, Tensor]], part: Part, at: Compressed, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        """The queries of a part: their attention [T1, N1, D2], and their blocks [T1, N2, select_block_count]."""
+        compress, select, window = branches
+        compressed, topk_indices = self._compress(query, *compress, at, backend)
+        lists = (part.q_len, part.samples.ends, part.q_offset, backend)
+        selected = library.select_attention(
+            query, *select, topk_indices, self.scale, self.config.select_block_size, True, True, *lists
+        )[0]
+        windowed = library.window_attention(query, *window, self.scale, self.config.window_size, *lists)[0]
+        return library.gated_sum(gate, compressed, selected, windowed, backend), topk_indices
+
+    def _compress(self, query: Tensor, key: Tensor, value: Tensor, at: Compressed, backend: str) -> tuple[Tensor, Tensor]:
+        """The compressed branch [T1, N1, D2], and the blocks for the selected one [T1, N2, select_block_count]."""
+        here = at if self.score_group is None else at._replace(select_block_count=0)
         attention, ids, row_max, row_sum = library.compress_attention(query, key, value, None, None, *here, backend)
         if self.score_group is not None:
-            ids = selection.choose_together(query, key, row_max, row_sum, at, samples, self.score_group, backend)
-        ids = selection.in_order(ids)
-        if self.collect_statistics:
-            self.statistics |= selection.statistics(ids, at, samples)
-        return attention, ids
+            ids = selection.choose_together(query, key, row_max, row_sum, at, self.score_group, backend)
+        return attention, selection.in_order(ids)
 
-    def _settings(self, samples: Samples, backend: str, device: torch.device) -> Compressed:
+    def _settings(self, part: Part, backend: str, device: torch.device) -> Compressed:
         config = self.config
         own_block = config.select_own_block
         if own_block == "auto":
@@ -132,19 +146,27 @@ class NativeSparseAttention(nn.Module):
             local_blocks=config.local_blocks,
             own_block=own_block,
             importance=config.importance,
-            q_len=samples.ends,
-            cmp_len=samples.windows(config.compress_block_size, config.compress_stride),
-            sel_len=samples.blocks(config.select_block_size),
-            q_offset=samples.q_offset,
+            q_len=part.q_len,
+            cmp_len=part.samples.windows(config.compress_block_size, config.compress_stride),
+            sel_len=part.samples.blocks(config.select_block_size),
+            q_offset=part.q_offset,
         )
 
-    def _check_inputs(self, query: Tensor, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], gate: Tensor) -> None:
-        tokens = query.shape[0]
+    def _note(self, gate: Tensor, topk_indices: Tensor, parts: Sequence[Part], at: Compressed) -> None:
+        """Keep what `patches.megatron_core.nsa_statistics` reports."""
+        gates = gate.to(torch.promote_types(gate.dtype, torch.float32)).sigmoid().mean(dim=(0, 1))
+        position = torch.cat([part.positions(gate.device) for part in parts])
+        self.statistics = {f"gate_{name}": mean for name, mean in zip(BRANCHES, gates.tolist(), strict=True)}
+        self.statistics |= selection.statistics(topk_indices, position, at)
+
+    def _check_inputs(
+        self, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], gate: Tensor, queries: int, tokens: int
+    ) -> None:
         expected = {
-            "query": ((query,), (tokens, self.head_num, self.qk_head_dim)),
+            "query": ((query,), (queries, self.head_num, self.qk_head_dim)),
             "key": (keys, (tokens, self.kv_head_num, self.qk_head_dim)),
             "value": (values, (tokens, self.kv_head_num, self.v_head_dim)),
-            "gate": ((gate,), (tokens, self.head_num, 3)),
+            "gate": ((gate,), (queries, self.head_num, 3)),
         }
         for name, (tensors, shape) in expected.items():
             if name in ("key", "value") and len(tensors) != len(BRANCHES):

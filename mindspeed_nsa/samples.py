@@ -37,11 +37,6 @@ class Samples(NamedTuple):
         """First token, and last token + 1, of each sample."""
         return list(zip((0, *self.ends[:-1]), self.ends, strict=True))
 
-    @property
-    def q_offset(self) -> list[int]:
-        """The position in its sample of each sample's first query: all samples are whole here."""
-        return [0] * len(self.ends)
-
     def windows(self, block_size: int, stride: int) -> list[int]:
         """Prefix sums of the compressed windows."""
         return list(accumulate(window_count(length, block_size, stride) for length in lengths(self.ends)))
@@ -58,6 +53,48 @@ class Samples(NamedTuple):
         ]
         return torch.cat(starts)[:, None] + torch.arange(block_size, device=device)
 
+    def part(self, first: int, last: int) -> "Part":
+        """The queries of the packed tokens `first` to `last` (exclusive), with the samples that they see."""
+        seen = [(start, min(stop, last)) for start, stop in self.spans if start < last and stop > first]
+        queries = [(max(start, first), stop) for start, stop in seen]
+        before = seen[0][0]
+        return Part(
+            keys=slice(before, last),
+            samples=Samples(tuple(stop - before for _, stop in seen)),
+            before=Samples((0, *(stop for _, stop in self.spans if stop <= before))),
+            q_len=list(accumulate(stop - start for start, stop in queries)),
+            q_offset=[query - start for (query, _), (start, _) in zip(queries, seen, strict=True)],
+        )
+
+    @property
+    def whole(self) -> "Part":
+        """Every query."""
+        return Part(slice(0, self.ends[-1]), self, Samples((0,)), self.ends, [0] * len(self.ends))
+
+
+class Part(NamedTuple):
+    """Queries of packed samples that follow one another, and what they see: their samples, cut after the last of them.
+
+    Attributes:
+        keys: the packed tokens of those samples.
+        samples: those samples.
+        before: the samples before `keys`, after an empty one.
+        q_len: prefix sums of the queries of each sample.
+        q_offset: the position in its sample of each sample's first query.
+    """
+
+    keys: slice
+    samples: Samples
+    before: Samples
+    q_len: Sequence[int]
+    q_offset: Sequence[int]
+
+    def windows(self, block_size: int, stride: int) -> slice:
+        """The compressed windows of `samples`, among those of all samples."""
+        before, within = (samples.windows(block_size, stride)[-1] for samples in (self.before, self.samples))
+        return slice(before, before + within)
+
     def positions(self, device: torch.device) -> Tensor:
-        """Each token's position in its own sample: [T]."""
-        return torch.cat([torch.arange(length, device=device) for length in lengths(self.ends)])
+        """Each query's position in its own sample: [T1]."""
+        spans = zip(lengths(self.q_len), self.q_offset, strict=True)
+        return torch.cat([torch.arange(offset, offset + length, device=device) for length, offset in spans])

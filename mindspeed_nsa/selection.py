@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .ops import library
 from .ops.reference import Compressed, choose, early_rows, lengths
-from .samples import Samples
 
 _SCORE_ELEMENTS = 1 << 22
 
@@ -25,7 +24,6 @@ def choose_together(
     softmax_max: Tensor,
     softmax_sum: Tensor,
     at: Compressed,
-    samples: Samples,
     group: torch.distributed.ProcessGroup,
     backend: str,
 ) -> Tensor:
@@ -39,7 +37,6 @@ def choose_together(
         softmax_max: of this rank's heads, as `compress_attention` returned it; `softmax_sum` likewise.
         softmax_sum: see above.
         at: the settings that `compress_attention` ran with.
-        samples: the packed samples.
         group: the ranks that hold heads of the same key/value heads.
         backend: a resolved name.
 
@@ -48,7 +45,8 @@ def choose_together(
     """
     count = at.select_block_count
     ids = torch.arange(count, dtype=torch.int32, device=query.device).repeat(query.shape[0], key.shape[1], 1)
-    for (start, stop), blocks, offset in zip(samples.spans, lengths(at.sel_len), at.q_offset, strict=True):
+    starts = [0, *at.q_len[:-1]]
+    for start, stop, offset, blocks in zip(starts, at.q_len, at.q_offset, lengths(at.sel_len), strict=True):
         rows = max(_SCORE_ELEMENTS // (blocks * key.shape[1]), 1) if blocks else 1
         for first in range(start + early_rows(offset, at), stop, rows):
             last = min(first + rows, stop)
@@ -61,14 +59,19 @@ def choose_together(
 
 
 @torch.no_grad()
-def statistics(topk_indices: Tensor, at: Compressed, samples: Samples) -> dict[str, Any]:
+def statistics(topk_indices: Tensor, position: Tensor, at: Compressed) -> dict[str, Any]:
     """What was chosen, over all queries and key/value heads.
+
+    Args:
+        topk_indices: [T, N2, k].
+        position: of each query in its sample, [T].
+        at: the settings of the choice.
 
     Returns:
         `forced_share` and `scored_share`: shares of the visible listed blocks that are forced, and that scores chose;
         `scored_distance`: mean tokens from a block that scores chose to the query's own block, 0 where there is none.
     """
-    own = samples.positions(topk_indices.device)[:, None, None] // at.select_block_size
+    own = position[:, None, None] // at.select_block_size
     visible = topk_indices <= own
     forced = visible & ((topk_indices < at.init_blocks) | (topk_indices > own - at.local_blocks))
     scored = visible & ~forced

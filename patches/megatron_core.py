@@ -3,11 +3,12 @@
 `NSASelfAttention` stands in for SelfAttention (GQA): its extra projections feed the three branches and the gates. `NSACore`
 alone stands in for the core attention, where the host hands it query, key and value only (MLA).
 
-s: sequence, b: batch, n: query heads of this rank, g: key/value groups of this rank, d: head dim, T = s * b.
+s: sequence (with context parallelism this rank's pieces of it), b: batch, n: query heads of this rank, g: key/value groups of
+this rank, d: head dim, T = s * b.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from mindspeed_nsa.attention import BRANCHES, NativeSparseAttention
 from mindspeed_nsa.config import NSAConfig
+from mindspeed_nsa.context_parallel import KINDS, Exchange
 from mindspeed_nsa.heads import split_heads
 
 # `linear_qkv` keeps a dense layer's shape and feeds this branch, which equals dense attention on short samples.
@@ -243,9 +245,10 @@ class NSACore(MegatronModule):
         softmax_scale: factor of the logits; default `k_channels ** -0.5`.
         k_channels: dim of query and key; default `config.kv_channels`, or what `config` says of MLA.
         v_channels: dim of the values; the default likewise.
+        cp_comm_type: with context parallelism, `a2a` or `all_gather` (see `mindspeed_nsa.context_parallel`).
 
     Attributes:
-        attention: the block; its `head_num` is this rank's.
+        attention: the block; its `head_num` is this rank's. With `a2a` that is a part of the heads of its parameters.
         gate_weight: [n, d, 3], and gate_bias [n, 3]: with `nsa.gate: query`, each head's gates are computed from its query.
             They start normal with Megatron's deviation, and at 0.
 
@@ -265,10 +268,12 @@ class NSACore(MegatronModule):
         softmax_scale: float | None = None,
         k_channels: int | None = None,
         v_channels: int | None = None,
+        cp_comm_type: str | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         _check_host(config)
+        self.exchange = _exchange(config, cp_comm_type)
         if attn_mask_type is not AttnMaskType.causal or attention_type != "self":
             raise ValueError(f"NSA is causal self-attention; this layer's mask is {attn_mask_type}, its type {attention_type}")
         mla = config.multi_latent_attention
@@ -278,6 +283,11 @@ class NSACore(MegatronModule):
         tp_size, tp_rank = _tensor_parallel()
         self.split = split_heads(config.num_attention_heads, groups, tp_size, tp_rank)
         self.groups = groups
+        self.run_split = self.split  # the heads that run here, among those that are held here
+        if self.exchange is not None and self.exchange.kind == "a2a":
+            held, group = self.split, self.exchange.group
+            size, rank = group.size(), group.rank()
+            self.run_split = split_heads(held.head_num, held.kv_head_num, size, rank, "context_parallel_size")
         self.attention, self.gate_weight, self.gate_bias = self._draw(nsa, k_channels, v_channels, softmax_scale)
         for name, parameter in self.named_parameters():
             _mark(parameter, _head_axis(name), counted=_is_per_query_head(name) or tp_rank == self.split.sharers[0])
@@ -287,12 +297,11 @@ class NSACore(MegatronModule):
     ) -> tuple[NativeSparseAttention, nn.Parameter | None, nn.Parameter | None]:
         """Draw the parameters of all heads, then keep this rank's: one seed gives one model on any layout."""
         split, heads = self.split, self.config.num_attention_heads
-        score_group = _process_group(split.sharers) if len(split.sharers) > 1 else None
         seed = int(torch.randint(2**31, ()))
         state = torch.random.get_rng_state()
         torch.default_generator.manual_seed(seed)
         attention = NativeSparseAttention(
-            nsa, split.head_num, split.kv_head_num, k_channels, v_channels, scale=softmax_scale, score_group=score_group
+            nsa, split.head_num, split.kv_head_num, k_channels, v_channels, scale=softmax_scale, score_group=self._score_group()
         )
         torch.default_generator.manual_seed(seed)
         whole = NativeSparseAttention(nsa, heads, self.groups, k_channels, v_channels)
@@ -302,6 +311,7 @@ class NSACore(MegatronModule):
             for name, parameter in attention.named_parameters():
                 parameter.copy_(_own(whole.get_parameter(name), _head_axis(name), split.first_kv_head, split.kv_head_num))
         attention = attention.to(self.config.params_dtype)
+        attention.head_num, attention.kv_head_num = self.run_split.head_num, self.run_split.kv_head_num
         if nsa.gate != "query":
             return attention, None, None
         gate_weight = gate_weight[_tensor_parallel()[1] * split.head_num :][: split.head_num]
@@ -329,36 +339,55 @@ class NSACore(MegatronModule):
             attention_bias: gate logits [s, b, n * 3]; None: they are computed from the query.
             packed_seq_params: prefix sums of packed samples.
         """
-        if packed_seq_params is not None and query.dim() == 4:
-            query, key, value = (x.squeeze(1) for x in (query, key, value))
         packed = query.dim() == 3
-        length, batch = query.shape[0], 1 if packed else query.shape[1]
-        query, key, value = (x if packed else _pack(x) for x in (query, key, value))
-        gate = self._gate(query) if attention_bias is None else _pack(attention_bias).view(*query.shape[:2], len(BRANCHES))
+        if packed:
+            query, key, value = (x[:, None] for x in (query, key, value))
+        gate = self._gate(query) if attention_bias is None else attention_bias.view(*query.shape[:3], len(BRANCHES))
+        keys, values, spans = self._branches(key), self._branches(value), None
+        if self.exchange is not None:
+            query, gate, keys, values = self.exchange.gather(query, gate, keys, values)
+            spans = self.exchange.query_spans(*keys[0].shape[:2])
+        length, batch = keys[0].shape[:2]
         ends = _prefix_sums(packed_seq_params) if packed_seq_params else [length * (i + 1) for i in range(batch)]
-        out = self._attend(query, self._branches(key), self._branches(value), gate, ends).flatten(1)
-        return out if packed else out.view(batch, length, -1).transpose(0, 1).contiguous()
+        out = self._attend(_pack(query), _packed(keys), _packed(values), _pack(gate), ends, spans)
+        out = out.unflatten(0, (batch, -1)).transpose(0, 1)
+        if self.exchange is not None:
+            out = self.exchange.scatter(out)
+        out = out.flatten(2).contiguous()
+        return out[:, 0] if packed else out
 
     def _gate(self, query: Tensor) -> Tensor:
         assert self.gate_weight is not None and self.gate_bias is not None
-        return torch.einsum("tnd,ndg->tng", query, self.gate_weight) + self.gate_bias
+        return torch.einsum("sbnd,ndg->sbng", query, self.gate_weight) + self.gate_bias
 
-    def _branches(self, tensor: Tensor) -> Any:
-        groups = self.split.kv_head_num
-        return tensor.split(groups, dim=1) if tensor.shape[1] > groups else tensor
+    def _branches(self, tensor: Tensor) -> list[Tensor]:
+        return list(tensor.split(self.split.kv_head_num, dim=2))
 
     def _attend(self, *inputs: Any) -> Tensor:
-        """Run the block; what other ranks' heads use too gets the gradient of all of them."""
-        shared = {
-            name: _SumGradient.apply(parameter, group)
-            for name, parameter in self.attention.named_parameters()
-            if (group := self._gradient_group(name)) is not None
-        }
-        return torch.func.functional_call(self.attention, shared, inputs) if shared else self.attention(*inputs)
+        """Run the block on the parameters of the heads that run here, whose gradients are those of all ranks that use them."""
+        used = {name: self._used(name, parameter) for name, parameter in self.attention.named_parameters()}
+        return torch.func.functional_call(self.attention, used, inputs)
+
+    def _used(self, name: str, parameter: Tensor) -> Tensor:
+        group = self._gradient_group(name)
+        if group is not None:
+            parameter = _SumGradient.apply(parameter, group)
+        if self.run_split is self.split:
+            return parameter
+        return _own(parameter, _head_axis(name), self.run_split.first_kv_head, self.run_split.kv_head_num)
+
+    def _score_group(self) -> torch.distributed.ProcessGroup | None:
+        """The ranks that run query heads of the groups that run here, where there are others."""
+        held = self.split.sharers
+        if self.run_split is self.split:
+            return _group_in(parallel_state.get_tensor_model_parallel_group(), held)
+        size = _tensor_parallel()[0]
+        ranks = tuple(cp_rank * size + tp_rank for cp_rank in self.run_split.sharers for tp_rank in held)
+        return _group_in(parallel_state.get_tensor_and_context_parallel_group(), ranks)
 
     def _gradient_group(self, name: str) -> torch.distributed.ProcessGroup | None:
         if _head_axis(name) is not None:
-            return self.attention.score_group
+            return _group_in(parallel_state.get_tensor_model_parallel_group(), self.split.sharers)
         return parallel_state.get_tensor_model_parallel_group() if _tensor_parallel()[0] > 1 else None
 
     def sharded_state_dict(
@@ -435,7 +464,6 @@ def _cores(model: nn.Module | Iterable[nn.Module]) -> dict[int, NSACore]:
 
 def _check_host(config: TransformerConfig) -> None:
     refused = {
-        "context_parallel_size": (config.context_parallel_size, 1),
         "attention_dropout": (config.attention_dropout, 0),
         "attention_output_gate": (getattr(config, "attention_output_gate", False), False),
         "fused_single_qkv_rope": (getattr(config, "fused_single_qkv_rope", False), False),
@@ -449,9 +477,20 @@ def _tensor_parallel() -> tuple[int, int]:
     return parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
 
 
-def _process_group(tp_ranks: tuple[int, ...]) -> torch.distributed.ProcessGroup:
-    everyone = torch.distributed.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
-    return _group_of(tuple(everyone[rank] for rank in tp_ranks))
+def _exchange(config: TransformerConfig, kind: str | None) -> Exchange | None:
+    if config.context_parallel_size == 1:
+        return None
+    if kind not in KINDS:
+        raise ValueError(f"cp_comm_type is {kind}; with NSA and context_parallel_size above 1: {', '.join(KINDS)}")
+    return Exchange(kind, parallel_state.get_context_parallel_group())
+
+
+def _group_in(group: torch.distributed.ProcessGroup, ranks: tuple[int, ...]) -> torch.distributed.ProcessGroup | None:
+    """The group of these ranks of a group; None: there is but one."""
+    if len(ranks) == 1:
+        return None
+    everyone = torch.distributed.get_process_group_ranks(group)
+    return _group_of(tuple(everyone[rank] for rank in ranks))
 
 
 @cache
@@ -482,6 +521,12 @@ def _mark(parameter: nn.Parameter, axis: int | None, counted: bool) -> None:
 def _pack(tensor: Tensor) -> Tensor:
     """[s, b, ...] to [T, ...], sample after sample."""
     return tensor.transpose(0, 1).flatten(0, 1)
+
+
+def _packed(branches: Sequence[Tensor]) -> Any:
+    """One tensor for all branches, or one for each, packed."""
+    packed = tuple(_pack(branch) for branch in branches)
+    return packed if len(packed) > 1 else packed[0]
 
 
 def _prefix_sums(packed: PackedSeqParams) -> list[int]:

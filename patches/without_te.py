@@ -48,6 +48,7 @@ def restore(replaced: list[tuple[Any, str, Any]]) -> None:
 def _stand_ins() -> dict[str, Any]:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
 
     stand_ins: dict[str, Any] = {
         # Only fp8 parameters need it; without Transformer Engine it raises even when there are none.
@@ -60,6 +61,9 @@ def _stand_ins() -> dict[str, Any]:
     if not hasattr(numpy, "product"):
         # Megatron-core 0.12's checkpoints of a distributed optimizer; numpy 2 has it under one name alone.
         stand_ins["numpy.product"] = numpy.prod
+    if not hasattr(moe_utils, "te_general_gemm"):
+        # Asked for whether it is None by 0.16's router, which defines it with Transformer Engine alone.
+        stand_ins["megatron.core.transformer.moe.moe_utils.te_general_gemm"] = None
     if hasattr(multi_latent_attention, "HAVE_TE"):
         # True even without Transformer Engine, whose classes are then None, which isinstance refuses.
         stand_ins["megatron.core.transformer.multi_latent_attention.HAVE_TE"] = False

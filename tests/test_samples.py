@@ -16,7 +16,7 @@ def test_by_hand():
     assert samples.windows(4, 2) == [0, 0, 2]
     assert samples.blocks(4) == [1, 1, 3]
     assert samples.window_tokens(4, 2, CPU).tolist() == [[3, 4, 5, 6], [5, 6, 7, 8]]
-    assert samples.positions(CPU).tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6]
+    assert samples.whole.positions(CPU).tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6]
 
 
 def test_none_is_one_sample():
@@ -37,7 +37,7 @@ def test_what_are_no_prefix_sums(ends):
 def test_windows_lie_in_their_samples(lengths, block_size, stride):
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
     samples = Samples.of(ends, ends[-1])
-    assert sum(stop - start for start, stop in samples.spans) == len(samples.positions(CPU)) == ends[-1]
+    assert sum(stop - start for start, stop in samples.spans) == len(samples.whole.positions(CPU)) == ends[-1]
     starts = [t for start, stop in samples.spans for t in range(start, stop, stride) if t + block_size <= stop]
     assert samples.window_tokens(block_size, stride, CPU)[:, 0].tolist() == starts
     assert samples.windows(block_size, stride)[-1] == len(starts)
@@ -48,10 +48,10 @@ def test_nothing_fake_is_kept():
     """Shapes are tried on fake tensors before the run; what that leaves behind must not reach the run."""
     samples = Samples((5, 1234))
     with FakeTensorMode():
-        samples.positions(CPU), samples.window_tokens(4, 2, CPU)
-    assert not isinstance(samples.positions(CPU), FakeTensor)
+        samples.whole.positions(CPU), samples.window_tokens(4, 2, CPU)
+    assert not isinstance(samples.whole.positions(CPU), FakeTensor)
     assert not isinstance(samples.window_tokens(4, 2, CPU), FakeTensor)
     with torch.inference_mode():
-        samples.positions(CPU), samples.window_tokens(8, 2, CPU)
-    assert not samples.positions(CPU).is_inference()
+        samples.whole.positions(CPU), samples.window_tokens(8, 2, CPU)
+    assert not samples.whole.positions(CPU).is_inference()
     assert not samples.window_tokens(8, 2, CPU).is_inference()

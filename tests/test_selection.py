@@ -28,7 +28,7 @@ def settings(samples, sizes, importance="ascend", init_blocks=1, local_blocks=2,
         q_len=samples.ends,
         cmp_len=samples.windows(sizes["window"], sizes["stride"]),
         sel_len=samples.blocks(sizes["block"]),
-        q_offset=samples.q_offset,
+        q_offset=samples.whole.q_offset,
     )
 
 
@@ -50,7 +50,7 @@ def test_rules_of_the_choice(importance, spread):
     ids = chosen(*inputs(samples, at, spread=spread), at)
     assert ids.shape == (3000, 2, 16)
     assert ids.dtype == torch.int32
-    position = samples.positions(torch.device("cpu"))
+    position = samples.whole.positions(torch.device("cpu"))
     own = (position // 64)[:, None]
     assert (ids.diff(dim=-1) > 0).all()  # ascending, unique
     assert (ids[..., 0] == 0).all()
@@ -81,7 +81,7 @@ def test_without_the_own_block_only_blocks_before_it_are_chosen():
     at = settings(samples, CHIP)
     query, key = inputs(samples, at)
     ids, with_own = (chosen(query, key, at._replace(own_block=own)) for own in (False, True))
-    position = samples.positions(torch.device("cpu"))
+    position = samples.whole.positions(torch.device("cpu"))
     early, own = position < 1024, (position // 64)[:, None, None]
     assert torch.equal(ids[early], with_own[early])
     ids, with_own, own = ids[~early], with_own[~early], own[~early]
@@ -133,7 +133,7 @@ def alone(tmp_path):
 
 def together(query, key, at, samples, group):
     statistics = library.compress_attention(query, key, key, None, None, *at._replace(select_block_count=0), "reference")[2:]
-    return selection.choose_together(query, key, *statistics, at, samples, group, "reference")
+    return selection.choose_together(query, key, *statistics, at, group, "reference")
 
 
 @pytest.mark.parametrize("importance", ["ascend", "paper"])
@@ -184,7 +184,7 @@ def test_statistics_by_hand():
     at = settings(samples, SMALL)
     ids = torch.tensor([0, 1, 2, 3], dtype=torch.int32).repeat(48, 1, 1)
     ids[47, 0] = torch.tensor([0, 2, 4, 5])
-    found = selection.statistics(ids, at, samples)
+    found = selection.statistics(ids, samples.whole.positions(ids.device), at)
     # Rows 0..7 see 1 block, 8..15 two, 16..23 three, 24..47 four; forced are 0, own, the one before.
     visible = 8 * (1 + 2 + 3 + 4 + 4 + 4)
     # Own block 3: 1 is scored. Own 4: 1 and 2; own 5: 1, 2, 3, but at 47 only 2.
@@ -199,4 +199,8 @@ def test_statistics_where_nothing_is_scored():
     samples = Samples((1, 9))
     at = settings(samples, SMALL)
     ids = torch.arange(4, dtype=torch.int32).repeat(9, 2, 1)
-    assert selection.statistics(ids, at, samples) == {"forced_share": 1.0, "scored_share": 0.0, "scored_distance": 0.0}
+    assert selection.statistics(ids, samples.whole.positions(ids.device), at) == {
+        "forced_share": 1.0,
+        "scored_share": 0.0,
+        "scored_distance": 0.0,
+    }

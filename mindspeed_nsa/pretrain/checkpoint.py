@@ -40,16 +40,19 @@ class Progress:
 
 @dataclass
 class State:
-    """What a checkpoint holds of a run: the model without its wrappers, its optimizer and its parameter scheduler."""
+    """What a checkpoint holds of a run: the model without its wrappers, its optimizer and its parameter scheduler.
 
-    model: Any
+    `models` are this rank's runs of layers. Tensors are stored under the names of the whole model, whoever holds them.
+    """
+
+    models: list[Any]
     optimizer: Any
     scheduler: Any
     progress: Progress
 
     def sharded(self, job: Job, *, is_loading: bool, with_random: bool = True) -> dict[str, Any]:
         """The state as Megatron's sharded state dict."""
-        model = self.model.sharded_state_dict(metadata=_MODEL_METADATA)
+        model = {str(run): model.sharded_state_dict(metadata=_MODEL_METADATA) for run, model in enumerate(self.models)}
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, **_optimizer_format(job))
         sharded = {
             "model": model,
@@ -152,7 +155,7 @@ def load(job: Job, state: State) -> str:
     """
     assert job.checkpoint.load
     folder = find(job.checkpoint.load)
-    _check_weights(state.model, folder)
+    _check_weights(state.models, folder)
     same_layout = _stored_job(folder)["layout"] == _layout(job)
     if job.parallel.use_distributed_optimizer:
         _start_adam(state.optimizer)
@@ -162,7 +165,8 @@ def load(job: Job, state: State) -> str:
             loaded = dist_checkpointing.load(wanted, str(folder))
     except pickle.UnpicklingError as error:
         raise ValueError(f"checkpoint.load: {folder}: {str(error).splitlines()[0]}") from None
-    state.model.load_state_dict(loaded["model"])
+    for run, model in enumerate(state.models):
+        model.load_state_dict(loaded["model"][str(run)])
     settings = _group_settings(state.optimizer)
     state.optimizer.load_state_dict(loaded["optimizer"])
     for group, own in zip(state.optimizer.param_groups, settings, strict=True):
@@ -221,7 +225,8 @@ def _layout(job: Job) -> list[Any]:
     parallel = job.parallel
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device(torch.cuda.current_device()).type
-    return [ranks, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, device]
+    sizes = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size)
+    return [ranks, *sizes, job.pipeline_runs, device]
 
 
 def _stored_job(folder: Path) -> dict[str, Any]:
@@ -231,9 +236,9 @@ def _stored_job(folder: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint.load: {folder / 'job.json'}: {error}") from None
 
 
-def _check_weights(model: Any, folder: Path) -> None:
+def _check_weights(models: list[Any], folder: Path) -> None:
     """Compare names and shapes of the whole model, over all ranks, with what is stored."""
-    sharded = model.sharded_state_dict(metadata=_MODEL_METADATA)
+    sharded = {str(run): model.sharded_state_dict(metadata=_MODEL_METADATA) for run, model in enumerate(models)}
     apply_factories(sharded)
     mine = {value.key: tuple(value.global_shape) for value in nested_values(sharded) if isinstance(value, ShardedTensor)}
     gathered: list[dict[str, tuple[int, ...]]] = [{} for _ in range(torch.distributed.get_world_size())]

@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from mindspeed_nsa.config import NSAConfig, Section, parse_yaml, read_yaml
+from mindspeed_nsa.heads import split_heads
 
 
 class ModelSection(Section):
@@ -145,13 +146,19 @@ class ParallelSection(Section):
     """How the model and its work are laid over the ranks.
 
     Args:
+        num_layers_per_virtual_pipeline_stage: a pipeline rank holds several runs of so many layers, interleaved with those
+            of the other ranks; default: one run.
+        cp_comm_type: how context-parallel ranks share a sequence: `a2a` hands each some heads of all of it (Ulysses),
+            `all_gather` all keys and values to the queries of its own pieces.
         expert_model_parallel_size: ranks that share the experts of a layer.
         expert_tensor_parallel_size: ranks that share one expert, defaults to tensor_model_parallel_size.
     """
 
     tensor_model_parallel_size: int = Field(1, ge=1)
     pipeline_model_parallel_size: int = Field(1, ge=1)
+    num_layers_per_virtual_pipeline_stage: int | None = Field(None, ge=1)
     context_parallel_size: int = Field(1, ge=1)
+    cp_comm_type: Literal["a2a", "all_gather"] | None = None
     expert_model_parallel_size: int = Field(1, ge=1)
     expert_tensor_parallel_size: int | None = Field(None, ge=1)
     sequence_parallel: bool = False
@@ -162,9 +169,10 @@ class ParallelSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ParallelSection":
-        if self.context_parallel_size != 1:
+        if (self.context_parallel_size > 1) != (self.cp_comm_type is not None):
             raise ValueError(
-                f"context_parallel_size: {self.context_parallel_size}; the attention here needs whole sequences, so 1"
+                f"cp_comm_type: {self.cp_comm_type} with context_parallel_size {self.context_parallel_size}; "
+                "context parallelism needs a2a or all_gather, and nothing else takes it"
             )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("sequence_parallel: needs tensor_model_parallel_size of 2 or more")
@@ -347,7 +355,6 @@ class Job(Section):
         """
         job = cls.read(path, overrides)
         try:
-            job.check_trainer()
             job.data.check_files()
             job.check_layout(int(os.environ.get("WORLD_SIZE", "1")))
         except ValueError as error:
@@ -374,6 +381,14 @@ class Job(Section):
             )
         if model.num_layers % pipeline:
             raise ValueError(f"model.num_layers: {model.num_layers} does not divide by pipeline_model_parallel_size {pipeline}")
+        run = parallel.num_layers_per_virtual_pipeline_stage
+        if run and (pipeline == 1 or model.num_layers // pipeline % run or model.num_layers // pipeline == run):
+            raise ValueError(
+                f"parallel.num_layers_per_virtual_pipeline_stage: {run} does not part the layers of a pipeline rank, "
+                f"{model.num_layers // pipeline}, into several runs; it needs 2 or more pipeline ranks"
+            )
+        if parallel.context_parallel_size > 1:
+            self._check_context_parallel()
         if self.data.reset_attention_mask and training.micro_batch_size != 1:
             raise ValueError(
                 f"training.micro_batch_size: {training.micro_batch_size}; reset_attention_mask packs documents into "
@@ -381,8 +396,12 @@ class Job(Section):
             )
         if training.eval_iters and self.data.valid_data_path is None:
             raise ValueError("data.valid_data_path: evaluation needs one; training.eval_iters: 0 does without")
-        if self.logging.sample_tokens and (self.data.valid_data_path is None or pipeline > 1):
-            raise ValueError("logging.sample_tokens: needs data.valid_data_path and pipeline_model_parallel_size 1")
+        if self.logging.sample_tokens and (
+            self.data.valid_data_path is None or pipeline > 1 or parallel.context_parallel_size > 1
+        ):
+            raise ValueError(
+                "logging.sample_tokens: needs data.valid_data_path, pipeline_model_parallel_size 1 and context_parallel_size 1"
+            )
         experts = parallel.expert_model_parallel_size
         if model.num_experts is None and (experts > 1 or parallel.expert_tensor_parallel_size):
             raise ValueError("parallel.expert_model_parallel_size: it and expert_tensor_parallel_size need model.num_experts")
@@ -392,17 +411,33 @@ class Job(Section):
             raise ValueError(f"nsa.layers: {self.nsa.layers} goes past num_layers {model.num_layers}, counted from 0")
         return self
 
-    def check_trainer(self) -> None:
-        """Check that the trainer here can run the job.
+    @property
+    def pipeline_runs(self) -> int:
+        """Runs of layers that a pipeline rank holds."""
+        layers = self.model.num_layers // self.parallel.pipeline_model_parallel_size
+        return layers // (self.parallel.num_layers_per_virtual_pipeline_stage or layers)
 
-        Raises:
-            ValueError: it cannot; one line that names the key.
-        """
-        if self.model.num_experts is not None:
+    def _check_context_parallel(self) -> None:
+        model, context, tensor = self.model, self.parallel.context_parallel_size, self.parallel.tensor_model_parallel_size
+        pieces = 2 * context * (tensor if self.parallel.sequence_parallel else 1)
+        if model.seq_length % pieces:
             raise ValueError(
-                f"model.num_experts: {self.model.num_experts}; the trainer here has no experts; `mindspeed-nsa launch` "
-                "gives the job to Megatron-LM, which has"
+                f"model.seq_length: {model.seq_length} is not a multiple of {pieces}: two pieces a context-parallel rank"
+                f"{', split again by sequence_parallel' * self.parallel.sequence_parallel}"
             )
+        if not self.nsa.enabled or self.nsa.nsa_layers(model.num_layers) != list(range(model.num_layers)):
+            raise ValueError(
+                f"parallel.context_parallel_size: {context}; dense layers need whole sequences, so nsa.enabled: true and "
+                "nsa.layers: all, or 1"
+            )
+        if self.parallel.cp_comm_type == "a2a":
+            split = split_heads(model.num_attention_heads, model.query_groups, tensor, 0)
+            try:
+                split_heads(split.head_num, split.kv_head_num, context, 0, "context_parallel_size")
+            except ValueError as error:
+                raise ValueError(
+                    f"parallel.context_parallel_size: of the heads of a tensor-parallel rank, {error}; all_gather takes any"
+                ) from None
 
     def check_layout(self, world_size: int, version: tuple[int, int] | None = None) -> None:
         """Check what depends on the number of ranks and on Megatron-core.
@@ -415,7 +450,13 @@ class Job(Section):
             ValueError: the job does not fit; one line that names the key.
         """
         self._check_ranks(world_size)
-        tensor, version = self.parallel.tensor_model_parallel_size, version or megatron_version()
+        parallel, version = self.parallel, version or megatron_version()
+        if parallel.context_parallel_size > 1 and self.data.reset_attention_mask and version < (0, 16):
+            raise ValueError(
+                "parallel.context_parallel_size: with data.reset_attention_mask it needs megatron-core 0.16, which turns the "
+                f"positions of packed documents apart from their bounds; here is {version[0]}.{version[1]}"
+            )
+        tensor = parallel.tensor_model_parallel_size
         if tensor > self.model.query_groups and version < (0, 16):
             raise ValueError(
                 f"parallel.tensor_model_parallel_size: {tensor} is more than num_query_groups "
@@ -424,19 +465,26 @@ class Job(Section):
             )
 
     def _check_ranks(self, world_size: int) -> None:
-        parallel = self.parallel
-        tensor = parallel.tensor_model_parallel_size
-        ranks = tensor * parallel.pipeline_model_parallel_size
+        parallel, tensor = self.parallel, self.parallel.tensor_model_parallel_size
+        ranks = tensor * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
         if world_size % ranks:
             raise ValueError(
                 f"parallel.tensor_model_parallel_size: {tensor} * pipeline_model_parallel_size "
-                f"{ranks // tensor} does not divide the {world_size} ranks that were started"
+                f"{parallel.pipeline_model_parallel_size} * context_parallel_size {parallel.context_parallel_size} does not "
+                f"divide the {world_size} ranks that were started"
             )
         step = self.training.micro_batch_size * (world_size // ranks)
         if self.training.global_batch_size % step:
             raise ValueError(
                 f"training.global_batch_size: {self.training.global_batch_size} is not a multiple of micro_batch_size "
                 f"{self.training.micro_batch_size} * {world_size // ranks} data-parallel ranks"
+            )
+        pipeline = parallel.pipeline_model_parallel_size
+        micro_batches = self.training.global_batch_size // step
+        if self.pipeline_runs > 1 and micro_batches % pipeline:
+            raise ValueError(
+                f"training.global_batch_size: {self.training.global_batch_size} makes {micro_batches} micro batches a rank; "
+                f"num_layers_per_virtual_pipeline_stage needs a multiple of the {pipeline} pipeline ranks"
             )
         stage = world_size // parallel.pipeline_model_parallel_size
         experts, expert_tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size or tensor

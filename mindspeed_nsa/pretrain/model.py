@@ -1,6 +1,8 @@
 """A job's GPT: Megatron-core's own, with the modules that it lacks where there is no Transformer Engine."""
 
+import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -25,27 +28,41 @@ from mindspeed_nsa.pretrain.job import Job
 _VOCABULARY_MULTIPLE = 128
 
 
-def build_model(job: Job, vocab_size: int) -> GPTModel:
-    """Build this rank's part of the model, with weights that depend on the seed and not on the layout.
+def build_models(job: Job, vocab_size: int) -> list[GPTModel]:
+    """Build this rank's parts of the model, one a run of layers, with weights that depend on the seed and not on the layout.
 
     Args:
         job: the model, its attention and its layout.
         vocab_size: of the tokenizer.
     """
-    parallel_rank = parallel_state.get_pipeline_model_parallel_rank()
-    last_rank = parallel_state.get_pipeline_model_parallel_world_size() - 1
+    config, models = transformer_config(job), []
+    for run in range(job.pipeline_runs):
+        if job.pipeline_runs > 1:
+            parallel_state.set_virtual_pipeline_model_parallel_rank(run)
+        models.append(_build_run(job, config, vocab_size, run))
+    return models
+
+
+def _build_run(job: Job, config: TransformerConfig, vocab_size: int, run: int) -> GPTModel:
+    rank, ranks = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    # Megatron-core before 0.13 asks parallel_state which run it builds.
+    stage = {"vp_stage": run} if job.pipeline_runs > 1 and "vp_stage" in inspect.signature(GPTModel).parameters else {}
     torch.manual_seed(job.training.seed)
     return GPTModel(
-        config=transformer_config(job),
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=_layer_specs(job), layer_norm=Norm),
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=_layer_specs(job, run), layer_norm=Norm),
         vocab_size=padded_vocabulary(vocab_size, job.parallel.tensor_model_parallel_size),
         max_sequence_length=job.model.max_position_embeddings or job.model.seq_length,
-        pre_process=parallel_rank == 0,
-        post_process=parallel_rank == last_rank,
+        pre_process=rank == 0 and run == 0,
+        post_process=rank == ranks - 1 and run == job.pipeline_runs - 1,
         share_embeddings_and_output_weights=not job.model.untie_embeddings_and_output_weights,
         position_embedding_type=job.model.position_embedding_type,
         rotary_percent=job.model.rotary_percent,
         rotary_base=job.model.rotary_base,
+        **stage,
     )
 
 
@@ -78,6 +95,11 @@ def transformer_config(job: Job) -> TransformerConfig:
         "attention_dropout": model.attention_dropout,
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": job.pipeline_runs if job.pipeline_runs > 1 else None,
+        "context_parallel_size": parallel.context_parallel_size,
+        "cp_comm_type": parallel.cp_comm_type,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "recompute_granularity": parallel.recompute_granularity,
         "recompute_method": parallel.recompute_method,
@@ -88,6 +110,16 @@ def transformer_config(job: Job) -> TransformerConfig:
         # Each rank draws the whole weight from one seed and keeps its part.
         "use_cpu_initialization": True,
     }
+    if model.num_experts is not None:
+        settings |= {
+            "num_moe_experts": model.num_experts,
+            "moe_layer_freq": [int(has_experts) for has_experts in model.expert_layers],
+            "moe_ffn_hidden_size": model.moe_ffn_hidden_size or model.ffn_width,
+            "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+            "moe_router_topk": model.moe_router_topk,
+            # Of Megatron's dispatchers the one that needs no stream of a device.
+            "moe_token_dispatcher_type": "allgather",
+        }
     if not model.multi_latent_attention:
         return TransformerConfig(**settings)
     return MLATransformerConfig(
@@ -106,10 +138,11 @@ def transformer_config(job: Job) -> TransformerConfig:
     )
 
 
-def _layer_specs(job: Job) -> list[ModuleSpec]:
-    """Specs of this pipeline stage's layers."""
-    count = job.model.num_layers // job.parallel.pipeline_model_parallel_size
-    first = count * parallel_state.get_pipeline_model_parallel_rank()
+def _layer_specs(job: Job, run: int) -> list[ModuleSpec]:
+    """Specs of one of this rank's runs of layers."""
+    ranks = job.parallel.pipeline_model_parallel_size
+    count = job.model.num_layers // ranks // job.pipeline_runs
+    first = count * (ranks * run + parallel_state.get_pipeline_model_parallel_rank())
     specs = [_dense_layer_spec(job, number) for number in range(first, first + count)]
     if not job.nsa.enabled:
         return specs
@@ -120,7 +153,9 @@ def _layer_specs(job: Job) -> list[ModuleSpec]:
 
 def _dense_layer_spec(job: Job, number: int) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(
-        qk_layernorm=job.model.qk_layernorm, multi_latent_attention=job.model.multi_latent_attention
+        num_experts=job.model.num_experts if job.model.expert_layers[number] else None,
+        qk_layernorm=job.model.qk_layernorm,
+        multi_latent_attention=job.model.multi_latent_attention,
     )
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = Norm
@@ -130,8 +165,13 @@ def _dense_layer_spec(job: Job, number: int) -> ModuleSpec:
             setattr(attention, name, Norm)
     if job.model.multi_latent_attention:
         layer.self_attention.module = MLASelfAttention
-    if job.model.swiglu:
-        layer.mlp.submodules.linear_fc1 = GatedColumnParallelLinear
+    if job.model.expert_layers[number]:
+        layer.mlp.submodules.experts.module = SeededExperts
+        networks = [layer.mlp.submodules.experts.submodules, layer.mlp.submodules.shared_experts.submodules]
+    else:
+        networks = [layer.mlp.submodules]
+    for network in networks if job.model.swiglu else []:
+        network.linear_fc1 = GatedColumnParallelLinear
     spec.module = SeededTransformerLayer
     spec.params = {"seed": job.training.seed + 1 + number}
     return spec
@@ -143,6 +183,35 @@ class SeededTransformerLayer(TransformerLayer):
     def __init__(self, config: TransformerConfig, *args: Any, seed: int, **kwargs: Any) -> None:
         torch.manual_seed(seed)
         super().__init__(config, *args, **kwargs)
+
+
+class SeededExperts(SequentialMLP):
+    """Experts with weights from a seed for each: the same whichever rank holds them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        seed = int(torch.randint(2**31, ()))
+        super().__init__(*args, **kwargs)
+        first = parallel_state.get_expert_model_parallel_rank() * self.num_local_experts
+        for number, expert in enumerate(self.local_experts, start=first):
+            torch.manual_seed(seed + number)
+            _draw(expert.linear_fc1.weight, self.config.init_method)
+            _draw(expert.linear_fc2.weight, self.config.output_layer_init_method)
+        torch.manual_seed(seed)
+
+
+def _draw(weight: Tensor, init_method: Callable[[Tensor], Any]) -> None:
+    """Draw the whole weight of an expert, and keep this rank's part."""
+    ranks, rank = (
+        parallel_state.get_expert_tensor_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_rank(),
+    )
+    dim, stride = weight.partition_dim, weight.partition_stride  # type: ignore[attr-defined]
+    shape = list(weight.shape)
+    shape[dim] *= ranks
+    whole = torch.empty(shape)
+    init_method(whole)
+    with torch.no_grad():
+        weight.copy_(torch.cat(whole.chunk(ranks * stride, dim)[rank::ranks], dim))
 
 
 class Norm:

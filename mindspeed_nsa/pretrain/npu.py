@@ -16,8 +16,13 @@ def check(job: Job) -> None:
     """Check that the Ascend operators take the job's numbers.
 
     Raises:
-        ValueError: they are float32.
+        ValueError: they are float32, or keys are gathered over context-parallel ranks.
     """
+    if _uses_ascend(job) and job.parallel.cp_comm_type == "all_gather":
+        raise ValueError(
+            "parallel.cp_comm_type: all_gather, but the Ascend operators mask by positions that start at the first query; "
+            "allowed with NSA on an NPU: a2a"
+        )
     if _uses_ascend(job) and not job.training.bf16:
         raise ValueError("training.bf16: false, but the Ascend operators take no float32; allowed with NSA on an NPU: true")
 
@@ -34,6 +39,8 @@ def agree_on_plan(job: Job) -> None:
 
     tensor = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     split = split_heads(job.model.num_attention_heads, job.model.query_groups, *tensor)
+    context = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    split = split_heads(split.head_num, split.kv_head_num, *context, "context_parallel_size")
     found: list[Any] = [None] * torch.distributed.get_world_size()
     try:
         mine: Any = ascend.plan(split.head_num // split.kv_head_num)

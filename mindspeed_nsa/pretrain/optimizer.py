@@ -12,19 +12,21 @@ from megatron.core.transformer.module import Float16Module
 from mindspeed_nsa.pretrain.job import Job
 
 
-def wrap(job: Job, gpt: GPTModel) -> DistributedDataParallel:
-    """Put a model into Megatron's data parallelism, in bfloat16 if the job says so."""
-    config = gpt.config
-    inner = Float16Module(config, gpt) if job.training.bf16 else gpt
+def wrap(job: Job, runs: list[GPTModel]) -> list[DistributedDataParallel]:
+    """Put a rank's runs of layers into Megatron's data parallelism, in bfloat16 if the job says so."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=job.parallel.use_distributed_optimizer
     )
-    model = DistributedDataParallel(config, settings, inner)
-    model.broadcast_params()
-    return model
+    models: list[DistributedDataParallel] = []
+    for gpt in runs:
+        inner = Float16Module(gpt.config, gpt) if job.training.bf16 else gpt
+        # As Megatron's own training: only the gradients of the run that ends backward last are reduced in buckets.
+        models.append(DistributedDataParallel(gpt.config, settings, inner, disable_bucketing=bool(models)))
+        models[-1].broadcast_params()
+    return models
 
 
-def build_optimizer(job: Job, model: DistributedDataParallel) -> tuple[Any, OptimizerParamScheduler]:
+def build_optimizer(job: Job, models: list[DistributedDataParallel]) -> tuple[Any, OptimizerParamScheduler]:
     """Megatron's Adam and the schedule of its learning rate, in samples."""
     training = job.training
     config = OptimizerConfig(
@@ -40,7 +42,7 @@ def build_optimizer(job: Job, model: DistributedDataParallel) -> tuple[Any, Opti
         params_dtype=torch.bfloat16 if training.bf16 else torch.float32,
         use_distributed_optimizer=job.parallel.use_distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(config, [model])
+    optimizer = get_megatron_optimizer(config, models)
     samples = training.global_batch_size
     scheduler = OptimizerParamScheduler(
         optimizer,

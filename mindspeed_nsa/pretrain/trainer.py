@@ -23,12 +23,13 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
+from mindspeed_nsa.context_parallel import own_pieces
 from mindspeed_nsa.patches import cpu_host, npu_host
 from mindspeed_nsa.pretrain import checkpoint, npu
 from mindspeed_nsa.pretrain.data import batches, build_datasets, check_dataset, summary_of
 from mindspeed_nsa.pretrain.evaluate import unigram_loss
 from mindspeed_nsa.pretrain.job import Job
-from mindspeed_nsa.pretrain.model import build_model, padded_vocabulary
+from mindspeed_nsa.pretrain.model import build_models, padded_vocabulary
 from mindspeed_nsa.pretrain.optimizer import build_optimizer, wrap
 from mindspeed_nsa.pretrain.report import Report
 from mindspeed_nsa.pretrain.sample import generate
@@ -96,7 +97,12 @@ def _ranks(job: Job) -> Iterator[None]:
         torch.distributed.init_process_group(backend, rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
         parallel_state.initialize_model_parallel(
-            job.parallel.tensor_model_parallel_size, job.parallel.pipeline_model_parallel_size
+            job.parallel.tensor_model_parallel_size,
+            job.parallel.pipeline_model_parallel_size,
+            job.pipeline_runs if job.pipeline_runs > 1 else None,
+            context_parallel_size=job.parallel.context_parallel_size,
+            expert_model_parallel_size=job.parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=job.parallel.expert_tensor_parallel_size,
         )
         init_num_microbatches_calculator(
             torch.distributed.get_rank(),
@@ -133,16 +139,16 @@ class Trainer:
         )
         # Dropout draws from a generator that differs by rank; the weights do not.
         tensor_parallel.model_parallel_cuda_manual_seed(job.training.seed)
-        gpt = build_model(job, self.tokenizer.vocab_size)
+        runs = build_models(job, self.tokenizer.vocab_size)
         torch.manual_seed(job.training.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
-        self.model = wrap(job, gpt.to(_device()))
-        self.optimizer, self.scheduler = build_optimizer(job, self.model)
-        self.state = checkpoint.State(gpt, self.optimizer, self.scheduler, checkpoint.Progress())
+        self.models = wrap(job, [run.to(_device()) for run in runs])
+        self.optimizer, self.scheduler = build_optimizer(job, self.models)
+        self.state = checkpoint.State(runs, self.optimizer, self.scheduler, checkpoint.Progress())
         loaded = checkpoint.load(job, self.state) if job.checkpoint.load else None
-        self.statistics = _Statistics(gpt, job)
-        self._connect_schedule(gpt.config)
+        self.statistics = _Statistics(runs, job)
+        self._connect_schedule(runs[0].config)
         self.report = Report(job, self.progress.iteration, active=torch.distributed.get_rank() == 0)
-        for line in [*self._introduction(gpt), *filter(None, [loaded])]:
+        for line in [*self._introduction(runs), *filter(None, [loaded])]:
             self.report.say(line)
 
     @property
@@ -183,18 +189,21 @@ class Trainer:
         """The mean loss over the first `eval_iters` global batches of held-out text, nats per token."""
         assert self.valid_data is not None
         data = self._batches(self.valid_data, 0)
-        self.model.eval()
+        for model in self.models:
+            model.eval()
         with torch.no_grad():
             losses = [self._forward_backward(data, forward_only=True) for _ in range(self.job.training.eval_iters)]
-        self.model.train()
+        for model in self.models:
+            model.train()
         return sum(losses) / len(losses)
 
-    def _iterate(self, data: Iterator[dict[str, Tensor]]) -> tuple[dict[str, Any], dict[int, dict[str, float]]]:
+    def _iterate(self, data: list[Iterator[dict[str, Tensor]]]) -> tuple[dict[str, Any], dict[int, dict[str, float]]]:
         """One optimizer step: the row of metrics, and the statistics where they are due."""
         started = time.perf_counter()
         logs = self.report.wants(self.progress.iteration + 1)
         self.statistics.collect(logs)
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         loss = self._forward_backward(data, forward_only=False)
@@ -215,18 +224,19 @@ class Trainer:
         }
         return row, statistics
 
-    def _forward_backward(self, data: Iterator[dict[str, Tensor]], *, forward_only: bool) -> float:
+    def _forward_backward(self, data: list[Iterator[dict[str, Tensor]]], *, forward_only: bool) -> float:
         """Run a global batch through Megatron's schedule: its mean loss, the same on every rank."""
         losses = get_forward_backward_func()(
             forward_step_func=self._forward,
-            data_iterator=data,
-            model=[self.model],
+            data_iterator=data if len(data) > 1 else data[0],
+            model=self.models,
             num_microbatches=get_num_microbatches(),
             seq_length=self.job.model.seq_length,
             micro_batch_size=self.job.training.micro_batch_size,
             forward_only=forward_only,
         )
-        # Only the last pipeline stage knows the loss, and its tensor-parallel ranks agree on it.
+        # Only the last pipeline stage knows the loss; its tensor-parallel ranks agree on it, its context-parallel ranks have
+        # parts of it.
         total = torch.zeros(1, dtype=torch.float64)
         if losses and parallel_state.get_tensor_model_parallel_rank() == 0:
             total += torch.stack([loss["loss"] for loss in losses]).double().cpu().sum() / len(losses)
@@ -236,19 +246,19 @@ class Trainer:
 
     def _forward(self, data: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, Callable]:
         batch = {name: tensor.to(_device()) for name, tensor in next(data).items()}
-        packed = _packed(batch["position_ids"]) if self.job.data.reset_attention_mask else None
+        context = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+        packed = _packed(batch["position_ids"], context[0]) if self.job.data.reset_attention_mask else None
+        counted = batch["loss_mask"].sum().clamp(min=1)
+        if context[0] > 1:
+            batch = {name: own_pieces(tensor, 1, *context) for name, tensor in batch.items()}
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], packed_seq_params=packed)
-        return output, functools.partial(_mean_loss, batch["loss_mask"])
+        return output, functools.partial(_mean_loss, batch["loss_mask"], counted)
 
-    def _batches(self, dataset: Any, consumed_samples: int) -> Iterator[dict[str, Tensor]]:
-        return batches(
-            dataset,
-            consumed_samples,
-            self.job.training.micro_batch_size,
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-            self.job.data.num_workers,
-        )
+    def _batches(self, dataset: Any, consumed_samples: int) -> list[Iterator[dict[str, Tensor]]]:
+        """This rank's micro batches, once for each of its runs of layers."""
+        ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        size, workers = self.job.training.micro_batch_size, self.job.data.num_workers
+        return [batches(dataset, consumed_samples, size, *ranks, workers) for _ in self.models]
 
     def _is_due(self, interval: int) -> bool:
         return self.progress.iteration % interval == 0 or self.progress.iteration == self.job.training.train_iters
@@ -274,7 +284,7 @@ class Trainer:
         assert self.valid_data is not None
         prompt = self.valid_data[0]["tokens"][:_PROMPT_TOKENS].tolist()
         generator = torch.Generator().manual_seed(self.job.training.seed)
-        new = generate(self.model, self.tokenizer, prompt, self.job.logging.sample_tokens, 0.8, generator)
+        new = generate(self.models[0], self.tokenizer, prompt, self.job.logging.sample_tokens, 0.8, generator)
         if torch.distributed.get_rank() == 0:
             before, after = self.tokenizer.detokenize(prompt), self.tokenizer.detokenize(new)
             text = f"held-out text:\n{before}\n\ncontinued by the model:\n{after}\n"
@@ -283,18 +293,20 @@ class Trainer:
     def _connect_schedule(self, config: Any) -> None:
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
-        config.no_sync_func = self.model.no_sync
+        config.no_sync_func = [model.no_sync for model in self.models] if len(self.models) > 1 else self.models[0].no_sync
 
-    def _introduction(self, gpt: torch.nn.Module) -> Iterator[str]:
+    def _introduction(self, runs: list[torch.nn.Module]) -> Iterator[str]:
         job, parallel = self.job, self.job.parallel
-        parameters = sum(parameter.numel() for parameter in gpt.parameters())
+        parameters = sum(parameter.numel() for run in runs for parameter in run.parameters())
         rows = padded_vocabulary(self.tokenizer.vocab_size, parallel.tensor_model_parallel_size)
         layers = job.nsa.nsa_layers(job.model.num_layers) if job.nsa.enabled else []
         yield (
             f"{parameters:,} parameters on this rank, vocabulary {self.tokenizer.vocab_size} padded to {rows}, "
             f"NSA in {len(layers)} of {job.model.num_layers} layers; tensor parallel "
-            f"{parallel.tensor_model_parallel_size}{' with sequence parallel' * parallel.sequence_parallel}, pipeline "
-            f"{parallel.pipeline_model_parallel_size}, data parallel {parallel_state.get_data_parallel_world_size()}"
+            f"{parallel.tensor_model_parallel_size}{' with sequence parallel' * parallel.sequence_parallel}, context "
+            f"{parallel.context_parallel_size}, pipeline {parallel.pipeline_model_parallel_size}"
+            f"{f' in {job.pipeline_runs} runs' * (job.pipeline_runs > 1)}, data parallel "
+            f"{parallel_state.get_data_parallel_world_size()}"
         )
         if job.megatron:
             yield f"not read here, for Megatron-LM alone: megatron.{', megatron.'.join(job.megatron)}"
@@ -309,23 +321,23 @@ class Trainer:
 class _Statistics:
     """What the NSA layers say of themselves; nothing where there are none."""
 
-    def __init__(self, gpt: torch.nn.Module, job: Job) -> None:
-        self._model = gpt if job.nsa.enabled else None
+    def __init__(self, runs: list[torch.nn.Module], job: Job) -> None:
+        self._models = runs if job.nsa.enabled else None
 
     def collect(self, wanted: bool) -> None:
-        if self._model is not None:
+        if self._models is not None:
             from mindspeed_nsa.patches.megatron_core import collect_statistics
 
-            collect_statistics(self._model, wanted)
+            collect_statistics(self._models, wanted)
 
     def gather(self) -> dict[int, dict[str, float]]:
         """The statistics of every layer, averaged over the ranks that hold it."""
-        if self._model is None:
+        if self._models is None:
             return {}
         from mindspeed_nsa.patches.megatron_core import nsa_statistics
 
         ranks: list[dict[int, dict[str, float]]] = [{} for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(ranks, nsa_statistics(self._model))
+        torch.distributed.all_gather_object(ranks, nsa_statistics(self._models))
         layers = sorted({layer for rank in ranks for layer in rank})
         return {layer: _mean([rank[layer] for rank in ranks if layer in rank]) for layer in layers}
 
@@ -334,24 +346,29 @@ def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def _mean_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean over the tokens that count, for Megatron's schedules."""
-    loss = (losses.float() * loss_mask).sum() / loss_mask.sum().clamp(min=1)
+def _mean_loss(loss_mask: Tensor, counted: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """This rank's part of the mean over the `counted` tokens of a micro batch, for Megatron's schedules."""
+    loss = (losses.float() * loss_mask).sum() / counted
     # The schedule divides the first in place.
     return loss, {"loss": loss.detach().clone()}
 
 
-def _packed(position_ids: Tensor) -> PackedSeqParams:
+def _packed(position_ids: Tensor, context_parallel_size: int) -> PackedSeqParams:
     """The documents of one sequence, each of which starts at position 0.
 
+    Over context-parallel ranks Megatron would cut each document: there the format says that rotary positions run through the
+    sequence, which only differences of positions feel, and the bounds reach the attention alone.
+
     Args:
-        position_ids: `[1, s]`.
+        position_ids: `[1, s]`, of the whole sequence.
+        context_parallel_size: ranks that share it.
     """
     starts = (position_ids[0] == 0).nonzero().flatten()
     bounds = torch.cat([starts, starts.new_tensor([position_ids.shape[1]])]).int()
-    longest = int(bounds.diff().max())
+    shared = context_parallel_size > 1
+    longest = position_ids.shape[1] if shared else int(bounds.diff().max())
     return PackedSeqParams(
-        qkv_format="thd",
+        qkv_format="sbhd" if shared else "thd",
         cu_seqlens_q=bounds,
         cu_seqlens_kv=bounds,
         max_seqlen_q=longest,

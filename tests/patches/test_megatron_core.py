@@ -198,7 +198,7 @@ def test_mla_core_takes_the_dims_of_the_chip():
     ("changes", "nsa", "words"),
     [
         ({"attention_dropout": 0.1}, {}, "attention_dropout is 0.1; with NSA: 0"),
-        ({"context_parallel_size": 2}, {}, "context_parallel_size is 2; with NSA: 1"),
+        ({"context_parallel_size": 2}, {}, "cp_comm_type is None; with NSA and context_parallel_size above 1: a2a, all_gather"),
         ({"kv_channels": 256}, {}, "take up to 192 and 128"),
         ({"num_attention_heads": 6, "num_query_groups": 2}, {}, "3 query heads a key/value head"),
     ],

@@ -182,7 +182,7 @@ def test_dense_core_keeps_packed_documents_apart(core):
 
 
 def test_documents_are_found_by_their_positions():
-    packed = _packed(torch.tensor([[0, 1, 2, 0, 0, 1]]))
+    packed = _packed(torch.tensor([[0, 1, 2, 0, 0, 1]]), 1)
     assert packed.cu_seqlens_q.tolist() == [0, 3, 4, 6] and packed.cu_seqlens_q.dtype == torch.int32
     assert (packed.max_seqlen_q, packed.qkv_format) == (3, "thd")
 
