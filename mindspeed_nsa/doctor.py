@@ -211,17 +211,17 @@ def _job(job: Job, trainer: str, has_npu: bool, severity: str) -> list[Row]:
 
 def _launch(job: Job, trainer: str) -> Row:
     parallel = job.parallel
-    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     if job.model.num_experts is not None:
         expert_tensor = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
         experts = parallel.pipeline_model_parallel_size * parallel.expert_model_parallel_size * expert_tensor
         ranks = math.lcm(ranks, experts)
     try:
         if trainer == "mindspeed":
+            job.check_mindspeed()
             hosts.mindspeed()
             job.check_layout(ranks, hosts.megatron_version())
         else:
-            job.check_trainer()
             job.check_layout(ranks)
     except ValueError as error:
         return Row("job", "launch", FAULT, str(error))

@@ -46,9 +46,9 @@ class Launch(NamedTuple):
         world_size = self.nodes.nnodes * self.nproc_per_node
         try:
             if self.trainer == BUILTIN:
-                job.check_trainer()
                 job.check_layout(world_size)
             else:
+                job.check_mindspeed()
                 job.check_layout(world_size, hosts.megatron_version())
                 hosts.mindspeed()
                 hosts.check_options(job.megatron)

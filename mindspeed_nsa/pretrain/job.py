@@ -439,6 +439,18 @@ class Job(Section):
                     f"parallel.context_parallel_size: of the heads of a tensor-parallel rank, {error}; all_gather takes any"
                 ) from None
 
+    def check_mindspeed(self) -> None:
+        """Check that a MindSpeed job can do what the trainer here can.
+
+        Raises:
+            ValueError: it cannot; one line that names the key.
+        """
+        if self.parallel.context_parallel_size > 1:
+            raise ValueError(
+                f"parallel.context_parallel_size: {self.parallel.context_parallel_size}; the trainer here splits sequences, a "
+                "MindSpeed job with NSA does not, so 1"
+            )
+
     def check_layout(self, world_size: int, version: tuple[int, int] | None = None) -> None:
         """Check what depends on the number of ranks and on Megatron-core.
 
