@@ -1,50 +1,84 @@
-"""One rank of a run whose losses and chosen blocks are compared over layouts: started by `layouts.run`, under torchrun."""
+"""One rank of runs whose losses and chosen blocks are compared over layouts: started by `layouts.run`, under torchrun."""
 
+import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
+from megatron.core import parallel_state
 
 from mindspeed_nsa import attention, selection
 from mindspeed_nsa.patches import megatron_core
 from mindspeed_nsa.pretrain.job import Job
+from mindspeed_nsa.pretrain.model import SeededTransformerLayer
 from mindspeed_nsa.pretrain.trainer import run
 
 
-def main(config: str, out: str, spoiled: str, *overrides: str) -> None:
-    chosen = _record_ids()
-    heads = _record_heads()
-    if spoiled != "nothing":
-        {"scale": _spoil_scale, "heads": _spoil_heads, "scores": _spoil_scores}[spoiled]()
-    run(Job.from_file(config, list(overrides)))
-    rank = heads[0] if heads else (0, 0)
-    torch.save({"ids": chosen, "first_kv_head": rank[0], "tp_rank": rank[1]}, Path(out) / f"rank{rank[1]}.pt")
+def main(config: str, jobs: str) -> None:
+    rank = int(os.environ["RANK"])
+    # The ranks of each job find one another anew.
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    records = _record_ids()
+    for job in json.loads(Path(jobs).read_text()):
+        if rank >= job["ranks"]:
+            continue
+        os.environ |= {"WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
+        records.clear()
+        megatron_core._group_of.cache_clear()
+        undo = _SPOIL[job["spoiled"]]()
+        run(Job.from_file(config, job["overrides"]))
+        undo()
+        torch.save(records, Path(job["folder"]) / f"rank{rank}.pt")
 
 
-def _record_ids() -> list[torch.Tensor]:
-    chosen, in_order = [], selection.in_order
+def _record_ids() -> list[dict[str, Any]]:
+    """Note what every core chooses, where gradients are taken: once a layer and micro batch, recomputed or not."""
+    records: list[dict[str, Any]] = []
+    chosen: list[torch.Tensor] = []
+    in_order, attend, init = selection.in_order, megatron_core.NSACore._attend, SeededTransformerLayer.__init__
 
-    def record(ids: torch.Tensor) -> torch.Tensor:
+    def number(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.self_attention.core_attention.layer_number = self.layer_number
+
+    def note(ids: torch.Tensor) -> torch.Tensor:
         chosen.append(in_order(ids))
         return chosen[-1]
 
-    selection.in_order = record
-    return chosen
+    def record(self: Any, *inputs: Any) -> torch.Tensor:
+        chosen.clear()
+        out = attend(self, *inputs)
+        *_, ends, spans = inputs
+        if not torch.is_grad_enabled():
+            return out
+        layer = self.layer_number
+        seen = sum(record["layer"] == layer for record in records)
+        records.append(
+            {
+                "layer": layer,
+                "micro_batch": seen * parallel_state.get_data_parallel_world_size() + parallel_state.get_data_parallel_rank(),
+                "first_group": self.split.first_kv_head + (self.run_split is not self.split) * self.run_split.first_kv_head,
+                "groups": self.groups,
+                "tokens": ends[-1],
+                "spans": spans or [(0, ends[-1])],
+                "ids": torch.cat(chosen),
+            }
+        )
+        return out
+
+    selection.in_order, megatron_core.NSACore._attend, SeededTransformerLayer.__init__ = note, record, number
+    return records
 
 
-def _record_heads() -> list[tuple[int, int]]:
-    heads, init = [], megatron_core.NSACore.__init__
-
-    def record(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        heads.append((self.split.first_kv_head, megatron_core.parallel_state.get_tensor_model_parallel_rank()))
-
-    megatron_core.NSACore.__init__ = record
-    return heads
+def _spoil_nothing() -> Callable[[], None]:
+    return lambda: None
 
 
-def _spoil_scale() -> None:
+def _spoil_scale() -> Callable[[], None]:
     init = attention.NativeSparseAttention.__init__
 
     def wrong(self, *args, **kwargs):
@@ -52,14 +86,16 @@ def _spoil_scale() -> None:
         self.scale *= 1.05
 
     attention.NativeSparseAttention.__init__ = wrong
+    return lambda: setattr(attention.NativeSparseAttention, "__init__", init)
 
 
-def _spoil_heads() -> None:
+def _spoil_heads() -> Callable[[], None]:
     forward = attention.NativeSparseAttention.forward
     attention.NativeSparseAttention.forward = lambda self, query, *rest: forward(self, query.roll(1, dims=1), *rest)
+    return lambda: setattr(attention.NativeSparseAttention, "forward", forward)
 
 
-def _spoil_scores() -> None:
+def _spoil_scores() -> Callable[[], None]:
     """Ranks that share a group do not sum their scores."""
     choose_together, all_reduce = selection.choose_together, torch.distributed.all_reduce
 
@@ -71,6 +107,10 @@ def _spoil_scores() -> None:
             torch.distributed.all_reduce = all_reduce
 
     selection.choose_together = wrong
+    return lambda: setattr(selection, "choose_together", choose_together)
+
+
+_SPOIL = {"nothing": _spoil_nothing, "scale": _spoil_scale, "heads": _spoil_heads, "scores": _spoil_scores}
 
 
 if __name__ == "__main__":

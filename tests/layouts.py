@@ -1,41 +1,178 @@
-"""Run `configs/tiny.yaml` on a layout and bring back what is compared: the losses, and the blocks that were chosen."""
+"""Run `configs/tiny.yaml` on many layouts and bring back what is compared: the losses, and the blocks that were chosen.
 
+`python tests/layouts.py` runs them all and prints the table of docs/layouts.md.
+"""
+
+import contextlib
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 ROOT = Path(__file__).parent.parent
+RANKS = 4
+TOLERANCE = 5e-5
+
+
+class Layout(NamedTuple):
+    ranks: int
+    overrides: tuple[str, ...]
+    like: str = "one process"  # the layout whose losses and blocks it must have
+    spoiled: str = "nothing"  # a mistake to make on purpose, see `layout_worker`
+    needs_new: bool = False  # megatron-core 0.16
 
 
 class Run(NamedTuple):
     losses: list[float]
     grad_norms: list[float]
-    ids: list[torch.Tensor]  # one a layer and microbatch, in order: [T, all groups, blocks]
+    ids: dict[tuple[int, int], torch.Tensor]  # by layer and micro batch: [T, all groups, blocks]
 
 
-def run(folder: Path, data: Path, ranks: int, *overrides: str, spoiled: str = "nothing") -> Run:
-    """Train on `ranks` processes; `spoiled` names a mistake to make on purpose (see `layout_worker`)."""
-    folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [str(ROOT / "tests" / "layout_worker.py"), str(ROOT / "configs" / "tiny.yaml"), str(folder), spoiled]
-    settings = [f"data.data_path={data}", f"logging.run_dir={folder / 'run'}", "logging.tensorboard=false"]
+def _parallel(**sizes: object) -> tuple[str, ...]:
+    names = {"tp": "tensor_model", "pp": "pipeline_model", "cp": "context", "ep": "expert_model"}
+    keys = {short: f"{name}_parallel_size" for short, name in names.items()}
+    return tuple(f"parallel.{keys.get(key, key)}={str(value).lower()}" for key, value in sizes.items())
+
+
+ULYSSES, GATHER = {"cp_comm_type": "a2a"}, {"cp_comm_type": "all_gather"}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+PACKED = ("data.reset_attention_mask=true", "data.reset_position_ids=true")
+EXPERTS = ("model.num_experts=4", "model.moe_ffn_hidden_size=64", "model.moe_shared_expert_intermediate_size=64")
+ONE_GROUP = ("model.num_query_groups=1",)
+
+LAYOUTS = {
+    "one process": Layout(1, ()),
+    "TP2": Layout(2, _parallel(tp=2)),
+    "TP2+SP": Layout(2, _parallel(tp=2, sequence_parallel=True)),
+    "TP4 over 2 groups": Layout(4, _parallel(tp=4), needs_new=True),
+    "PP2": Layout(2, _parallel(pp=2)),
+    "PP2 interleaved": Layout(2, _parallel(pp=2, num_layers_per_virtual_pipeline_stage=1)),
+    "DP2 + distributed optimizer": Layout(2, _parallel(use_distributed_optimizer=True)),
+    "recompute full": Layout(1, _parallel(**FULL)),
+    "recompute selective": Layout(1, _parallel(recompute_granularity="selective")),
+    "CP2 Ulysses": Layout(2, _parallel(cp=2, **ULYSSES)),
+    "CP4 Ulysses": Layout(4, _parallel(cp=4, **ULYSSES)),
+    "CP2 all-gather": Layout(2, _parallel(cp=2, **GATHER)),
+    "CP4 all-gather": Layout(4, _parallel(cp=4, **GATHER)),
+    "TP2 x PP2": Layout(4, _parallel(tp=2, pp=2)),
+    "TP2+SP x CP2 Ulysses": Layout(4, _parallel(tp=2, cp=2, sequence_parallel=True, **ULYSSES)),
+    "TP2 x CP2 all-gather": Layout(4, _parallel(tp=2, cp=2, **GATHER)),
+    "TP2 x DP2": Layout(4, _parallel(tp=2)),
+    "CP2 Ulysses x PP2": Layout(4, _parallel(cp=2, pp=2, **ULYSSES)),
+    "CP2 all-gather x PP2": Layout(4, _parallel(cp=2, pp=2, **GATHER)),
+    "packed": Layout(1, PACKED),
+    "packed, CP2 Ulysses": Layout(2, PACKED + _parallel(cp=2, **ULYSSES), like="packed", needs_new=True),
+    "packed, CP4 Ulysses": Layout(4, PACKED + _parallel(cp=4, **ULYSSES), like="packed", needs_new=True),
+    "packed, CP2 all-gather": Layout(2, PACKED + _parallel(cp=2, **GATHER), like="packed", needs_new=True),
+    "packed, CP4 all-gather": Layout(4, PACKED + _parallel(cp=4, **GATHER), like="packed", needs_new=True),
+    "one group": Layout(1, ONE_GROUP),
+    "TP4+SP over 1 group": Layout(4, ONE_GROUP + _parallel(tp=4, sequence_parallel=True), like="one group", needs_new=True),
+    "TP2 x CP2 Ulysses over 1 group": Layout(4, ONE_GROUP + _parallel(tp=2, cp=2, **ULYSSES), like="one group", needs_new=True),
+    "experts": Layout(1, EXPERTS),
+    "EP2": Layout(2, EXPERTS + _parallel(ep=2), like="experts"),
+    "EP2 x TP2+SP": Layout(
+        4, EXPERTS + _parallel(ep=2, tp=2, sequence_parallel=True, expert_tensor_parallel_size=1), like="experts"
+    ),
+}
+
+
+def run(layouts: dict[str, Layout], folder: Path, data: Path, iterations: int) -> dict[str, Run]:
+    """Train on every layout, one after the other in the same processes, which torchrun starts once."""
+    jobs = [
+        {
+            "folder": str(folder / str(number)),
+            "ranks": layout.ranks,
+            "spoiled": layout.spoiled,
+            "port": port,
+            "overrides": [
+                f"data.data_path={data}",
+                f"logging.run_dir={folder / str(number) / 'run'}",
+                "logging.tensorboard=false",
+                f"training.train_iters={iterations}",
+                *layout.overrides,
+            ],
+        }
+        for number, (layout, port) in enumerate(zip(layouts.values(), _free_ports(len(layouts)), strict=True))
+    ]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    command += [str(ROOT / "tests" / "layout_worker.py"), str(ROOT / "configs" / "tiny.yaml"), str(folder / "jobs.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *settings, *overrides], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-20000:]
+    return {name: _read(Path(job["folder"])) for name, job in zip(layouts, jobs, strict=True)}
+
+
+def worst(run: Run, like: Run) -> float:
+    """The largest difference of any step's loss."""
+    return max(abs(a - b) for a, b in zip(run.losses, like.losses, strict=True))
+
+
+def same_ids(run: Run, like: Run) -> bool:
+    """Whether the same blocks were chosen on every layer, for every query of every micro batch."""
+    return run.ids.keys() == like.ids.keys() and all(torch.equal(ids, like.ids[key]) for key, ids in run.ids.items())
+
+
+def table(runs: dict[str, Run]) -> Iterable[str]:
+    """The table of docs/layouts.md."""
+    yield "| layout | ranks | as | largest difference of a loss | chosen blocks |"
+    yield "| --- | --- | --- | --- | --- |"
+    for name, result in runs.items():
+        layout = LAYOUTS[name]
+        if name == layout.like or not (layout.overrides and layout.like in runs) or name in {x.like for x in LAYOUTS.values()}:
+            continue
+        same = "equal" if same_ids(result, runs[layout.like]) else "NOT EQUAL"
+        yield f"| {name} | {layout.ranks} | {layout.like} | {worst(result, runs[layout.like]):.1e} | {same} |"
+
+
+def _read(folder: Path) -> Run:
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["iteration"] > 0]
     return Run([row["loss"] for row in rows], [row["grad_norm"] for row in rows], _ids(folder))
 
 
-def _ids(folder: Path) -> list[torch.Tensor]:
-    by_head: dict[int, list[torch.Tensor]] = {}
+def _ids(folder: Path) -> dict[tuple[int, int], torch.Tensor]:
+    """Put together what the ranks chose, each for its groups and tokens."""
+    whole: dict[tuple[int, int], torch.Tensor] = {}
     for file in sorted(folder.glob("rank*.pt")):
-        rank = torch.load(file, weights_only=True)
-        known = by_head.setdefault(rank["first_kv_head"], rank["ids"])
-        assert all(torch.equal(a, b) for a, b in zip(known, rank["ids"], strict=True)), "ranks of one group chose differently"
-    return [torch.cat(parts, dim=1) for parts in zip(*(by_head[head] for head in sorted(by_head)), strict=True)]
+        for record in torch.load(file, weights_only=True):
+            shape = (record["tokens"], record["groups"], record["ids"].shape[-1])
+            ids = whole.setdefault((record["layer"], record["micro_batch"]), torch.full(shape, -1, dtype=torch.int32))
+            rows = torch.cat([torch.arange(*span) for span in record["spans"]])
+            for group, own in enumerate(record["ids"].unbind(1), start=record["first_group"]):
+                known = ids[rows, group]
+                assert bool(((known == -1) | (known == own)).all()), "ranks of one group chose differently"
+                ids[rows, group] = own
+    assert all(bool((ids >= 0).all()) for ids in whole.values()), "some queries have no rank"
+    return whole
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free, and that no connection is given in the meantime: below the range that these are taken from."""
+    ports: list[int] = []
+    for port in range(random.randrange(12000, 30000), 32768):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
+        if len(ports) == count:
+            break
+    return ports
+
+
+def main() -> None:
+    from texts import prepare_text
+
+    with tempfile.TemporaryDirectory() as name:
+        data = prepare_text(Path(name), (1, 3, 40, 700, 3000), held_out=0).with_name("python_train")
+        for line in table(run(LAYOUTS, Path(name), data, iterations=5)):
+            print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,17 +1,13 @@
-import itertools
 import json
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from jobs import arguments, command, environment
-
-from mindspeed_nsa.pretrain.prepare import prepare
-from mindspeed_nsa.pretrain.tokenizer import build_tokenizer
+from texts import prepare_text
 
 
 class Run(NamedTuple):
@@ -27,20 +23,7 @@ class Run(NamedTuple):
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
     """The prefix of datasets of the standard library's text, cut into documents of many lengths."""
-    folder = tmp_path_factory.mktemp("data")
-    sources = sorted((Path(sysconfig.get_path("stdlib")) / "email").glob("*.py"))
-    whole = "".join(source.read_text(encoding="utf-8") for source in sources)
-    documents = folder / "documents"
-    documents.mkdir()
-    start = 0
-    for number, length in enumerate(itertools.cycle((1, 3, 40, 100, 300, 700))):
-        if start >= len(whole):
-            break
-        (documents / f"{number:04d}.py").write_text(whole[start : start + length], encoding="utf-8")
-        start += length
-    prefix = folder / "python"
-    prepare([documents], prefix, build_tokenizer("ByteTokenizer", None), suffixes=[".py"], held_out=0.2)
-    return prefix
+    return prepare_text(tmp_path_factory.mktemp("data"), (1, 3, 40, 100, 300, 700), held_out=0.2)
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,10 @@ def test_defaults_follow_from_other_keys(read):
         ("model.attention_dropout=0.1", "model.attention_dropout: input should be less than or equal to 0, given 0.1"),
         ("model.q_lora_rank=64", "model.q_lora_rank: only multi_latent_attention reads it, which is false"),
         ("model.multi_latent_attention=true", "model.num_query_groups: 2 with multi_latent_attention"),
-        ("parallel.context_parallel_size=2", "parallel.cp_comm_type: None with context_parallel_size 2; context parallelism needs a2a"),
+        (
+            "parallel.context_parallel_size=2",
+            "parallel.cp_comm_type: None with context_parallel_size 2; context parallelism needs a2a",
+        ),
         ("parallel.sequence_parallel=true", "parallel.sequence_parallel: needs tensor_model_parallel_size of 2"),
         ("parallel.recompute_granularity=some", "parallel.recompute_granularity: input should be 'full' or 'selective'"),
         ("parallel.recompute_granularity=full", "parallel.recompute_granularity: full needs recompute_method and"),
