@@ -26,6 +26,7 @@ from torch import Tensor
 from mindspeed_nsa.context_parallel import own_pieces
 from mindspeed_nsa.patches import cpu_host, npu_host
 from mindspeed_nsa.pretrain import checkpoint, npu
+from mindspeed_nsa.pretrain.agreement import agree_on_data, agree_on_job
 from mindspeed_nsa.pretrain.data import batches, build_datasets, check_dataset, summary_of
 from mindspeed_nsa.pretrain.evaluate import unigram_loss
 from mindspeed_nsa.pretrain.job import Job
@@ -96,6 +97,7 @@ def _ranks(job: Job) -> Iterator[None]:
     else:
         torch.distributed.init_process_group(backend, rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
+        agree_on_job(job)
         parallel_state.initialize_model_parallel(
             job.parallel.tensor_model_parallel_size,
             job.parallel.pipeline_model_parallel_size,
@@ -137,6 +139,7 @@ class Trainer:
             job.training.train_iters * job.training.global_batch_size,
             job.training.eval_iters * job.training.global_batch_size,
         )
+        agree_on_data({"data.data_path": self.train_data, "data.valid_data_path": self.valid_data})
         # Dropout draws from a generator that differs by rank; the weights do not.
         tensor_parallel.model_parallel_cuda_manual_seed(job.training.seed)
         runs = build_models(job, self.tokenizer.vocab_size)
