@@ -1,7 +1,7 @@
 """Floating point operations of one NSA layer: the matrix products of its attention, counted as Megatron counts a dense one's.
 
-A product of [m, k] and [k, n] is 2 * m * k * n. What is not a product (softmax, sums of scores, top-k, gates) is left out, and so
-is what a kernel does beyond the model: heads padded to a width, scores computed anew in the backward pass.
+A product of [m, k] and [k, n] is 2 * m * k * n. What is not a product (softmax, sums of scores, top-k, gates) is left out, and
+so is what a kernel does beyond the model: heads padded to a width, scores computed anew in the backward pass.
 """
 
 from typing import NamedTuple
@@ -47,14 +47,16 @@ def layer_flops(
         hidden_size: of the model.
     """
     windows = max((length - nsa.compress_block_size) // nsa.compress_stride + 1, 0)
-    attention = (2 * pairs * head_num * (qk_head_dim + v_head_dim) for pairs in visible_keys(nsa, length))
+    compress, select, window = (2 * pairs * head_num * (qk_head_dim + v_head_dim) for pairs in visible_keys(nsa, length))
     gates = head_num * 3
     branch_kv = 2 * kv_head_num * (qk_head_dim + v_head_dim) if nsa.separate_kv else 0
     from_hidden = branch_kv + (gates if nsa.gate == "hidden" else 0)
     from_query = qk_head_dim * (gates if nsa.gate == "query" else 0)
     return Flops(
         windows * kv_head_num * sum(_pooling(nsa, dim) for dim in (qk_head_dim, v_head_dim)),
-        *attention,
+        compress,
+        select,
+        window,
         2 * length * (hidden_size * from_hidden + from_query),
     )
 

@@ -1,4 +1,4 @@
-"""An inert `torchair`: the graph compiler of torch_npu is C++ over CANN; who imports it, as MindSpeed does, compiles nothing here."""
+"""An inert `torchair`: torch_npu's graph compiler, over C++ of CANN. MindSpeed imports it; nothing is compiled here."""
 
 import importlib.abc
 import importlib.machinery
