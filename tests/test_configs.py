@@ -2,9 +2,9 @@
 
 import os
 import re
-from pathlib import Path
 
 import pytest
+from shipped import CLUSTER, CONFIGS, DIES, LAYOUTS, ROOT, layouts
 
 from mindspeed_nsa.doctor import FAULT, examine
 from mindspeed_nsa.launch import hosts
@@ -12,29 +12,13 @@ from mindspeed_nsa.launch.flags import megatron_arguments
 from mindspeed_nsa.memory import GB, estimate
 from mindspeed_nsa.pretrain.job import Job
 
-ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-CLUSTER = [path for path in CONFIGS if "Layouts for A3 nodes" in path.read_text()]
-DIES, MOST, MEGATRON = 16, 64 * GB, (0, 12)
+MOST, MEGATRON = 64 * GB, (0, 12)
 HOSTS = bool(os.environ.get("MEGATRON_LM_PATH") and os.environ.get("MINDSPEED_PATH"))
 needs_hosts = pytest.mark.skipif(not HOSTS, reason="needs MEGATRON_LM_PATH and MINDSPEED_PATH")
 
 
-def layouts(path):
-    """What a file's comment says: nodes, length in thousands, overrides, GB."""
-    length, common = 0, []
-    for line in path.read_text().splitlines():
-        if found := re.fullmatch(r"# (\d+)k: (.*)", line):
-            length, common = int(found[1]), found[2].split() if "=" in found[2] else []
-        elif found := re.fullmatch(r"#   (\d+) nodes? +([\d.]+) GB ?(.*)", line):
-            yield int(found[1]), length, [*common, *found[3].split()], float(found[2])
-
-
 def vocabulary(path):
     return int(re.search(r"vocabulary of (\d+)", path.read_text())[1])
-
-
-ALL = [(path, *layout) for path in CLUSTER for layout in layouts(path)]
 
 
 def test_the_files_and_their_layouts_are_found():
@@ -51,7 +35,7 @@ def test_a_file_is_translated(path):
     assert megatron_arguments(job, path, [])[:2] == ["--num-layers", str(job.model.num_layers)]
 
 
-@pytest.mark.parametrize(("path", "nodes", "length", "overrides", "size"), ALL, ids=lambda x: getattr(x, "stem", str(x)))
+@pytest.mark.parametrize(("path", "nodes", "length", "overrides", "size"), LAYOUTS, ids=lambda x: getattr(x, "stem", str(x)))
 def test_a_layout_fits(path, nodes, length, overrides, size):
     job = Job.read(path, overrides)
     job.check_layout(nodes * DIES, MEGATRON)

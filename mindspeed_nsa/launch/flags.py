@@ -13,6 +13,7 @@ from mindspeed_nsa.pretrain.job import Job
 # What the trainer here does that Megatron-LM does by choice, and what it would do by kernels for CUDA.
 _ALWAYS = {
     "accumulate_allreduce_grads_in_fp32": True,
+    "attention_softmax_in_fp32": True,
     "no_create_attention_mask_in_dataloader": True,
     "no_gradient_accumulation_fusion": True,
     "no_masked_softmax_fusion": True,

@@ -46,8 +46,12 @@ def test_every_value_is_written_out():
         **{"--eval-interval": "100", "--eval-iters": "0"},
         **{"--log-interval": "1", "--tensorboard-dir": "runs/tiny", "--tensorboard-log-interval": "1"},
         **{"--log-throughput": True, "--nsa-config": str(TINY)},
-        **{"--accumulate-allreduce-grads-in-fp32": True, "--no-create-attention-mask-in-dataloader": True},
-        **{"--no-gradient-accumulation-fusion": True, "--no-masked-softmax-fusion": True},
+        **{"--accumulate-allreduce-grads-in-fp32": True, "--attention-softmax-in-fp32": True},
+        **{
+            "--no-create-attention-mask-in-dataloader": True,
+            "--no-gradient-accumulation-fusion": True,
+            "--no-masked-softmax-fusion": True,
+        },
         **{"--override-opt_param-scheduler": True},
     }
 
