@@ -18,6 +18,8 @@ from mindspeed_nsa.pretrain.job import Job
 
 pytest.importorskip("megatron.core")
 
+from mindspeed_nsa.patches import cpu_host
+
 WHY_NOT = build.why_not(build.torch_npu_path())
 ABSENT = [name for name in ("six", "einops", "scipy", "regex", "transformers") if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -38,8 +40,7 @@ CASES = {
     **{path.stem: (path, [] if "bf16: true" in path.read_text() else [HALF], DIES) for path in CONFIGS},
     **{f"{path.stem}-{nodes}x{length}k": (path, more, nodes * DIES) for path, nodes, length, more, _ in LAYOUTS},
     "latent": (TINY, [HALF, *LATENT, *QUERY], 2),
-    "dense": (TINY, ["nsa.enabled=false", "parallel.tensor_model_parallel_size=2", "model.norm_epsilon=1e-6"], 2),
-    "values": (TINY, [HALF, "model.v_head_dim=8", "model.add_qkv_bias=true", "model.qk_layernorm=true"], 2),
+    "values": (TINY, [HALF, "model.v_head_dim=8", "model.add_qkv_bias=true", "parallel.tensor_model_parallel_size=2"], 2),
     "stages": (
         TINY,
         [HALF, "parallel.pipeline_model_parallel_size=2", "training.global_batch_size=8", "training.lr_warmup_iters=2"],
@@ -64,7 +65,7 @@ def read():
     groups: dict[str, list[str]] = {}
     for name, (path, overrides, _) in CASES.items():
         nsa = Job.read(path, overrides).nsa
-        groups.setdefault(f"{nsa.enabled} {nsa.gate}", []).append(name)
+        groups.setdefault(nsa.gate, []).append(name)
     found = {}
     for names in groups.values():
         found |= dict(zip(names, ask(names), strict=True))
@@ -108,8 +109,6 @@ def expected(job):
         values |= {"num_query_groups": model.query_groups, "nsa_v_head_dim": values.pop("v_head_dim")}
         for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"):
             del values[name]
-    if not job.nsa.enabled:
-        values["nsa_v_head_dim"] = None
     if data.tokenizer_type == "ByteTokenizer":
         values |= {"tokenizer_type": "NullTokenizer", "vocab_size": 256}
     else:
@@ -123,7 +122,7 @@ def test_the_arguments_have_the_values_of_the_file(read, name):
     job, args = Job.read(path, overrides), read[name]["args"]
     wanted = expected(job) | {"world_size": ranks}
     assert {key: args[key] for key in wanted} == wanted
-    assert read[name]["nsa"] == (job.nsa.model_dump() if job.nsa.enabled else None)
+    assert read[name]["nsa"] == job.nsa.model_dump()
 
 
 @pytest.mark.parametrize("name", [name for name, (path, *_) in CASES.items() if "num_experts" not in path.read_text()])
@@ -140,7 +139,14 @@ def test_the_model_is_that_of_the_trainer_here(read, name):
     assert read[name]["vocabulary"] == padded_vocabulary(257, job.parallel.tensor_model_parallel_size)
 
 
-def test_yarn_with_a_factor_of_1_is_plain_rotary_positions(read):
+@pytest.fixture
+def on_cpu():
+    cpu_host.install()
+    yield
+    cpu_host.uninstall()
+
+
+def test_yarn_with_a_factor_of_1_is_plain_rotary_positions(read, on_cpu):
     from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
 
     assert read["latent"]["config"]["rotary_scaling_factor"] == "1.0"
