@@ -118,6 +118,20 @@ def run_job(hosts, server, real_text, tmp_path_factory) -> Callable[..., Job]:
     return run
 
 
+@pytest.fixture(scope="session")
+def run_script(server, tmp_path_factory) -> Callable[..., tuple[int, str]]:
+    """Run Python in a process with the hosts on its path: `run_script(text, *argv)` to its exit code and output."""
+
+    def run(text: str, *argv: str) -> tuple[int, str]:
+        folder = tmp_path_factory.mktemp("script")
+        (folder / "script.py").write_text(text)
+        request = {"script": str(folder / "script.py"), "arguments": argv, "ranks": 1, "folder": str(folder)}
+        (code,) = server(request)
+        return code, (folder / "rank0.txt").read_text()
+
+    return run
+
+
 def arguments(flags: dict) -> list[str]:
     """Flags as a command line has them; False and None leave one out."""
     line: list[str] = []

@@ -20,6 +20,7 @@ import torch.distributed.checkpoint
 import torch.utils.tensorboard
 from emulated_cann import device
 from mindspeed.features_manager import features_manager  # noqa: F401  parses no argument yet
+from torch_npu.contrib import transfer_to_npu  # noqa: F401  as the adaptor does first
 
 with contextlib.suppress(ImportError):
     import transformers.modeling_utils  # noqa: F401  Megatron-LM imports it, seconds each time

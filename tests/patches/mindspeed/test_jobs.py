@@ -1,31 +1,157 @@
 """Whole jobs with NSA under MindSpeed, on the emulated device: what a user starts, in many layouts."""
 
+import re
+
 import pytest
 from conftest import ENGINE, GQA, LOCAL
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ON = {"experimental-attention-variant": "nsa"}
 REFERENCE = ON | {"nsa-backend": "reference"}  # float32
-ASCEND = ON | {"bf16": True}
+ASCEND = ON | {"bf16": True, "use-flash-attn": True}
+FLASH = {"use-flash-attn": True}
 TP2 = {"tensor-model-parallel-size": 2}
+SP = TP2 | {"sequence-parallel": True}
+OF_QUERY = {"nsa-gate": "query", "nsa-separate-kv": "false"}
+MLA = {
+    **{"multi-latent-attention": True, "kv-lora-rank": 32, "qk-head-dim": 16, "qk-pos-emb-head-dim": 16, "v-head-dim": 16},
+    **{"rope-type": "rope", "qk-layernorm": True},
+    **OF_QUERY,
+}
+MOE = {"num-experts": 4, "moe-router-topk": 2, "moe-ffn-hidden-size": 64, "moe-token-dispatcher-type": "alltoall"}
+# Each layer, micro-batch and step: pooling of keys and of values, compressed, selected, window.
+OPERATORS = {"aclnnNsaCompress": 2, "aclnnNsaCompressAttention": 1, "aclnnNsaSelectedAttention": 1}
+OPERATORS |= {"aclnnFlashAttentionVarLenScore": 1, "aclnnNsaSelectedAttentionGrad": 1}
+ALL_NSA = {0: "NSACore", 1: "NSACore"}
+
+
+def close(found, expected, tolerance=5e-5):
+    assert len(found) == len(expected) > 0
+    assert found == pytest.approx(expected, abs=tolerance, rel=0)
 
 
 @pytest.fixture(scope="module")
 def expected(run_job):
-    """The losses of one process, local spec, float32, on the reference operators."""
-    return run_job(LOCAL, GQA, REFERENCE).losses
+    """The losses of one process, local spec, float32, on the reference operators; its TensorBoard is in `board`."""
+    folder = {"tensorboard-dir": "board", "log-timers-to-tensorboard": True}
+    return run_job(LOCAL, GQA, REFERENCE, folder)
 
 
 @pytest.mark.parametrize(
     ("flags", "ranks"),
     [
         pytest.param(ENGINE, 1, id="transformer engine"),
+        pytest.param(LOCAL | FLASH | {"recompute-granularity": "selective"}, 1, id="selective recompute, flash"),
+        pytest.param(
+            ENGINE | {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1}, 1, id="full"
+        ),
         pytest.param(LOCAL | TP2, 2, id="tp2"),
-        pytest.param(ENGINE | TP2 | {"sequence-parallel": True}, 2, id="tp2 sp"),
+        pytest.param(ENGINE | SP, 2, id="tp2 sp"),
         pytest.param(LOCAL | {"use-distributed-optimizer": True}, 2, id="dp2"),
-        pytest.param(LOCAL | {"use-flash-attn": True, "recompute-granularity": "selective"}, 1, id="selective"),
+        pytest.param(LOCAL | {"pipeline-model-parallel-size": 2}, 2, id="pp2"),
     ],
 )
 def test_layouts_train_the_same_model(run_job, expected, flags, ranks):
     job = run_job(GQA, REFERENCE, flags, ranks=ranks)
-    assert job.cores == {0: "NSACore", 1: "NSACore"}
-    assert job.losses == pytest.approx(expected, abs=5e-5)
+    assert set(job.cores.values()) == {"NSACore"}
+    close(job.losses, expected.losses)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        pytest.param(GQA | LOCAL, 1, id="local"),
+        pytest.param(
+            GQA | ENGINE | SP | {"use-fused-rotary-pos-emb": True, "swiglu": True, "use-fused-swiglu": True}, 2, id="tp2"
+        ),
+    ],
+)
+def test_the_four_operators_run_in_every_layer(run_job, flags, ranks):
+    job = run_job(ASCEND, flags, ranks=ranks)
+    assert job.cores == ALL_NSA
+    probe, layers = run_job.probe, 2 * 2 * 3
+    assert {name: job.calls[name] - probe[name] for name in OPERATORS} == {name: n * layers for name, n in OPERATORS.items()}
+
+
+def test_ascend_agrees_with_the_reference(run_job):
+    """bfloat16 on both sides."""
+    found = run_job(ASCEND, LOCAL, GQA)
+    close(found.losses, run_job(ASCEND, LOCAL, GQA, {"nsa-backend": "reference"}).losses, 2e-2)
+
+
+@pytest.mark.parametrize("spec", [LOCAL | FLASH, ENGINE], ids=["local", "engine"])
+def test_latent_attention(run_job, spec):
+    job = run_job(spec, REFERENCE, MLA)
+    assert job.cores == ALL_NSA
+    recomputed = run_job(spec, REFERENCE, MLA, {"recompute-granularity": "selective"})
+    close(recomputed.losses, job.losses)
+
+
+@pytest.mark.parametrize("spec", [LOCAL | FLASH, ENGINE], ids=["local", "engine"])
+def test_experts(run_job, spec):
+    assert run_job(spec, REFERENCE, GQA, MOE).cores == ALL_NSA
+
+
+def test_packed_samples(run_job):
+    job = run_job(LOCAL, FLASH, REFERENCE, GQA, {"reset-attention-mask": True, "reset-position-ids": True})
+    engine = run_job(ENGINE, REFERENCE, GQA, {"reset-attention-mask": True, "reset-position-ids": True})
+    close(engine.losses, job.losses)
+
+
+def test_some_layers_stay_dense(run_job):
+    job = run_job(ENGINE, ASCEND, GQA, {"nsa-layers": "1::2", "num-layers": 3, "noop-layers": "2"})
+    assert job.cores == {0: "MindSpeedTEDotProductAttention", 1: "NSACore"}
+
+
+def test_statistics_and_real_flops_are_reported(run_job, expected):
+    board = EventAccumulator(str(expected.folder / "board")).Reload()
+    names = board.Tags()["scalars"]
+    for layer in (0, 1):
+        shares = [board.Scalars(f"nsa/layer_{layer}/{name}_share")[-1].value for name in ("forced", "scored")]
+        assert sum(shares) == pytest.approx(1)
+        assert [event.step for event in board.Scalars(f"nsa/layer_{layer}/gate_window")] == [1, 2, 3]
+    assert sum(name.startswith("nsa/") for name in names) == 12
+    assert re.search(r"throughput per GPU", expected.text)
+
+
+def test_without_the_flag_nothing_changes(run_job):
+    job, plain = run_job(LOCAL, FLASH, GQA, {"bf16": True}), run_job(LOCAL, FLASH, GQA, {"bf16": True}, script="dense")
+    assert job.losses == plain.losses
+    assert job.cores == plain.cores == {0: "DotProductAttention", 1: "DotProductAttention"}
+    off = run_job(LOCAL, FLASH, GQA, {"bf16": True}, ON, {"nsa-enabled": "false"})
+    assert off.losses == plain.losses
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (GQA | {"context-parallel-size": 2}, "--context-parallel-size 2 does not go with NSA: each rank would attend"),
+        (GQA | {"attention-dropout": 0.1}, "--attention-dropout 0.1 does not go with NSA"),
+        (GQA | {"bf16": None, "nsa-backend": "auto"}, "float32 does not go with NSA on an NPU"),
+        (GQA | {"nsa-layers": "[5]"}, "layers: [5] names none, or too many, of the layers 0 to 1"),
+        (GQA | {"nsa-window-size": "wide"}, "nsa.window_size: input should be a valid integer, given 'wide'"),
+        (GQA | {"nsa-config": "absent.yaml"}, "absent.yaml: no such file or directory"),
+        (GQA | {"experimental-attention-variant": None, "nsa-window-size": 64}, "--nsa-backend: NSA is not turned on"),
+        (
+            {k: v for k, v in MLA.items() if k not in OF_QUERY},
+            "multi-latent attention hands its core query, key and value only",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_work_is_refused_in_words(run_job, flags, said):
+    job = run_job(LOCAL, FLASH, REFERENCE, flags, ranks=flags.get("context-parallel-size", 1), ok=False)
+    assert set(job.codes) != {0}
+    assert said in job.text
+    assert not job.losses
+
+
+def test_a_run_goes_on_from_its_checkpoint(run_job, tmp_path):
+    saving = {"ckpt-format": "torch_dist", "save": tmp_path / "saved", "save-interval": 2}
+    whole = run_job(ENGINE, GQA, REFERENCE, saving)
+    loading = {"ckpt-format": "torch_dist", "load": tmp_path / "saved", "ckpt-step": 2}
+    close(run_job(ENGINE, GQA, REFERENCE, loading).losses, whole.losses[2:], 1e-6)
+    close(
+        run_job(LOCAL, GQA, REFERENCE, loading, TP2, {"no-load-optim": True, "no-load-rng": True}, ranks=2).losses,
+        whole.losses[2:],
+    )
