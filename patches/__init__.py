@@ -26,6 +26,10 @@ mindspeed: a MindSpeed job with NSA; MindSpeed's manager applies these with its 
         why:  every layer spec of a decoder comes through it, whoever wrote it, before a layer is built.
         how:  wrapped: the layers that `nsa.layers` names get NSA's attention; the others stay as specified.
         when: the host asks a registry for attention variants.
+    megatron.core.transformer.transformer_block.TransformerBlock.sharded_state_dict
+        why:  Megatron stacks the parameters of all layers under one name, which layers that differ do not have in common.
+        how:  wrapped: where some layers are dense, `non_homogeneous_layers` is set, and each layer has names of its own.
+        when: Megatron looks at the layers.
     megatron.training.training.get_model
         why:  operators are probed once ranks can talk, and a model whose cores are not those asked for must not train.
         how:  wrapped: `agree_on_plan` before, `check_swapped` after.

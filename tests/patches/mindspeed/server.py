@@ -7,6 +7,7 @@ A rank leaves in the folder its output as `rank0.txt`, and as `rank0.json` the c
 
 import contextlib
 import gc
+import inspect
 import json
 import os
 import runpy
@@ -16,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint
+import torch.distributed.checkpoint.filesystem
 import torch.utils.tensorboard
 from emulated_cann import device
 from mindspeed.features_manager import features_manager  # noqa: F401  parses no argument yet
@@ -24,6 +25,11 @@ from torch_npu.contrib import transfer_to_npu  # noqa: F401  as the adaptor does
 
 with contextlib.suppress(ImportError):
     import transformers.modeling_utils  # noqa: F401  Megatron-LM imports it, seconds each time
+
+# Megatron-LM core_v0.12.1 is made for torch 2.7 and does not hand over what torch 2.13 asks for beside it.
+filesystem = torch.distributed.checkpoint.filesystem
+if "serialization_format" in inspect.signature(filesystem._write_item).parameters:
+    filesystem._write_item.__defaults__ = (filesystem.SerializationFormat.TORCH_SAVE,)
 
 
 def run(request: dict, rank: int) -> int:

@@ -6,6 +6,7 @@ ON = ("--experimental-attention-variant", "nsa")
 TARGETS = """
 TARGETS = (
     "megatron.core.transformer.transformer_block._get_block_submodules",
+    "megatron.core.transformer.transformer_block.TransformerBlock.sharded_state_dict",
     "megatron.training.training.get_model",
     "megatron.training.training.train_step",
     "megatron.training.training.num_floating_point_operations",
