@@ -31,10 +31,10 @@ def close(found, expected, tolerance=5e-5):
 
 
 @pytest.fixture(scope="module")
-def expected(run_job):
-    """The losses of one process, local spec, float32, on the reference operators; its TensorBoard is in `board`."""
-    folder = {"tensorboard-dir": "board", "log-timers-to-tensorboard": True}
-    return run_job(LOCAL, GQA, REFERENCE, folder)
+def expected(run_job, tmp_path_factory):
+    """One process, local spec, float32, on the reference operators; its TensorBoard is in `board`."""
+    folder = tmp_path_factory.mktemp("expected")
+    return run_job(LOCAL, GQA, REFERENCE, {"tensorboard-dir": folder / "board"}, folder=folder)
 
 
 @pytest.mark.parametrize(
