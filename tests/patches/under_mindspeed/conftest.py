@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 from emulated_cann import build
+from models import MODEL, arguments
 
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1]
@@ -19,20 +20,7 @@ PATHS = {name: os.environ.get(name) for name in ("MINDSPEED_PATH", "MEGATRON_LM_
 ABSENT = [name for name, path in PATHS.items() if not path]
 REASON = f"{' and '.join(ABSENT)} not set" if ABSENT else build.why_not(build.torch_npu_path())
 
-collect_ignore = ["server.py"]
-
-# A GPT of two layers whose large weights let the losses feel an attention that is a few percent wrong.
-MODEL = {
-    **{"num-layers": 2, "hidden-size": 64, "num-attention-heads": 4, "kv-channels": 16, "seq-length": 1280},
-    **{"max-position-embeddings": 1280, "micro-batch-size": 1, "global-batch-size": 2, "train-iters": 3, "lr": 1e-4},
-    **{"lr-decay-style": "constant", "position-embedding-type": "rope", "normalization": "RMSNorm", "init-method-std": 0.3},
-    **{"tokenizer-type": "NullTokenizer", "vocab-size": 256, "attention-dropout": 0, "hidden-dropout": 0, "eval-iters": 0},
-    **{"log-interval": 1, "split": "100,0,0", "optimizer-selection": "fused_torch_adamw"},
-    **dict.fromkeys(("disable-bias-linear", "untie-embeddings-and-output-weights", "log-throughput"), True),
-    **dict.fromkeys(("no-gradient-accumulation-fusion", "no-masked-softmax-fusion", "use-cpu-initialization"), True),
-}
-GQA = {"group-query-attention": True, "num-query-groups": 2}
-LOCAL, ENGINE = {"transformer-impl": "local"}, {"transformer-impl": "transformer_engine", "use-flash-attn": True}
+collect_ignore = ["server.py", "user_spec.py"]
 
 
 class Job(NamedTuple):
@@ -102,7 +90,7 @@ def run_job(hosts, server, real_text, tmp_path_factory) -> Callable[..., Job]:
         for more in flags:
             given |= more
         # One vocabulary, whatever the layout.
-        given["make-vocab-size-divisible-by"] = 512 // given.get("tensor-model-parallel-size", 1)
+        given.setdefault("make-vocab-size-divisible-by", 512 // given.get("tensor-model-parallel-size", 1))
         folder = folder or tmp_path_factory.mktemp("job")
         request = {"script": f"{hosts['folder']}/pretrain_{script}.py", "ranks": ranks, "folder": str(folder)}
         codes = server(request | {"arguments": arguments(given)})
@@ -130,12 +118,3 @@ def run_script(server, tmp_path_factory) -> Callable[..., tuple[int, str]]:
         return code, (folder / "rank0.txt").read_text()
 
     return run
-
-
-def arguments(flags: dict) -> list[str]:
-    """Flags as a command line has them; False and None leave one out."""
-    line: list[str] = []
-    for name, value in flags.items():
-        if value is not None and value is not False:
-            line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return line

@@ -1,11 +1,19 @@
 """Whole jobs with NSA under MindSpeed, on the emulated device: what a user starts, in many layouts."""
 
+import argparse
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from conftest import ENGINE, GQA, LOCAL
+import torch
+from models import ENGINE, GQA, LOCAL, MODEL, arguments
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+ROOT = Path(__file__).parents[3]
 ON = {"experimental-attention-variant": "nsa"}
 REFERENCE = ON | {"nsa-backend": "reference"}  # float32
 ASCEND = ON | {"bf16": True, "use-flash-attn": True}
@@ -48,6 +56,7 @@ def expected(run_job, tmp_path_factory):
         pytest.param(LOCAL | TP2, 2, id="tp2"),
         pytest.param(ENGINE | SP, 2, id="tp2 sp"),
         pytest.param(LOCAL | {"use-distributed-optimizer": True}, 2, id="dp2"),
+        pytest.param(LOCAL | {"spec": ("user_spec", "layer")}, 1, id="the user's spec"),
         pytest.param(LOCAL | {"pipeline-model-parallel-size": 2}, 2, id="pp2"),
     ],
 )
@@ -148,6 +157,17 @@ def test_what_cannot_work_is_refused_in_words(run_job, flags, said):
     assert not job.losses
 
 
+@pytest.mark.slow
+def test_torchrun_starts_it(environment, hosts, expected, real_text):
+    """As a user does, two ranks; everything else here forks its ranks from a process that has the hosts imported."""
+    flags = MODEL | LOCAL | GQA | REFERENCE | TP2 | {"data-path": real_text, "make-vocab-size-divisible-by": 256}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "emulated_cann", "-m", "pretrain_nsa", *arguments(flags)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    close([float(loss) for loss in re.findall(r"lm loss: (\S+)", done.stdout)], expected.losses)
+
+
 @pytest.mark.parametrize("layers", ["all", "[1]"])
 def test_a_run_goes_on_from_its_checkpoint(run_job, tmp_path, layers):
     model = GQA | REFERENCE | {"nsa-layers": layers}
@@ -159,3 +179,35 @@ def test_a_run_goes_on_from_its_checkpoint(run_job, tmp_path, layers):
         run_job(LOCAL, GQA, REFERENCE, loading, TP2, {"no-load-optim": True, "no-load-rng": True}, ranks=2).losses,
         whole.losses[2:],
     )
+
+
+@pytest.fixture
+def trainer(real_text, tmp_path):
+    """Run the project's own trainer on the model of these jobs, with a dense layer and one with NSA: to its losses."""
+    sizes = ("num_layers=2", "hidden_size=64", "num_attention_heads=4", "kv_channels=16", "seq_length=1280", "swiglu=false")
+    model = [f"model.{size}" for size in (*sizes, "untie_embeddings_and_output_weights=true")]
+    environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
+
+    def run(folder, *overrides):
+        places = [f"data.data_path={real_text}", f"logging.run_dir={folder}", "logging.tensorboard=false"]
+        command = [sys.executable, "-m", "mindspeed_nsa.pretrain", "--config", str(ROOT / "configs" / "tiny.yaml")]
+        command += [*model, *places, "nsa.layers=[1]", "nsa.backend=reference", *overrides]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_the_project_s_trainer_trains_the_same_model(run_job, trainer, real_text, tmp_path):
+    """From its untrained weights, saved after a step of no length, on the same samples."""
+    saved = tmp_path / "saved"
+    trainer(tmp_path / "a", "training.lr=1e-30", "training.train_iters=1", f"checkpoint.save={saved}")
+    expected = trainer(tmp_path / "b", "training.train_iters=3")
+    common = torch.load(saved / "iter_0000001" / "common.pt", weights_only=False)
+    layout = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
+    torch.save(common | {"args": argparse.Namespace(**layout), "checkpoint_version": 3.0}, saved / "iter_0000001" / "common.pt")
+    loading = {"load": saved, "ckpt-format": "torch_dist", "finetune": True, "no-load-optim": True, "no-load-rng": True}
+    data = {"data-path": None, "split": None, "train-data-path": real_text, "make-vocab-size-divisible-by": 128}
+    found = run_job(LOCAL, GQA, REFERENCE, {"nsa-layers": "[1]"}, loading, data)
+    close(found.losses, expected)

@@ -170,3 +170,35 @@ assert read_settings(args) == expected, read_settings(args)
 assert read_settings(argparse.Namespace()) is None
 """
     passes(run_script, text)
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_flops_are_the_host_s_with_nsa_for_what_it_counts_of_dense_cores(run_script, latent):
+    """The host's count is b * s * (A + B * s): what grows with the square is the cores."""
+    text = f"""
+import argparse
+import mindspeed_nsa.megatron_adaptor
+from megatron.training import training
+from mindspeed_nsa import NSAConfig
+from mindspeed_nsa.flops import dense_flops, layer_flops
+latent = {latent}
+def args(length):
+    return argparse.Namespace(
+        seq_length=length, hidden_size=256, num_attention_heads=8, num_query_groups=2, kv_channels=48, num_layers=3,
+        group_query_attention=not latent, multi_latent_attention=latent, is_hybrid_model=False, num_experts=None,
+        mtp_num_layers=None, moe_ffn_hidden_size=None, ffn_hidden_size=512, moe_shared_expert_intermediate_size=None,
+        swiglu=True, padded_vocab_size=512, q_lora_rank=None, kv_lora_rank=32, qk_head_dim=32, qk_pos_emb_head_dim=16,
+        v_head_dim=40, noop_layers={{2}},
+    )
+count, host = training.num_floating_point_operations, training.num_floating_point_operations.__wrapped__
+length, groups, value = 4096, 8 if latent else 2, 40 if latent else 32
+cores = (host(args(2 * length), 1) - 2 * host(args(length), 1)) / 2
+assert cores == 3 * 3 * dense_flops(length, 8, 48, 40 if latent else 48), cores
+gate = dict(gate="query", separate_kv=False) if latent else {{}}
+nsa = layer_flops(NSAConfig(layers="1:", **gate), length, 8, groups, 48, value, 256).total
+narrower = 0 if latent else 2 * length * 256 * (8 + 2) * (48 - 32)
+expected = host(args(length), 4) + 3 * 4 * (nsa - narrower - cores / 9)  # one layer: the other is noop
+assert count(args(length), 4) == expected, (count(args(length), 4), expected)
+"""
+    flags = ("--nsa-layers", "1:", "--nsa-v-head-dim", "32")
+    passes(run_script, text, *ON, *flags, *(("--nsa-gate", "query", "--nsa-separate-kv", "false") if latent else ()))
