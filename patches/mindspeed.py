@@ -105,6 +105,7 @@ class NSAFeature(MindSpeedFeature):
         """The wrappers by their targets. MindSpeed tells wrappers from replacements by the end of their names."""
         return {
             "megatron.core.transformer.transformer_block._get_block_submodules": self.submodules_wrapper,
+            "megatron.core.transformer.transformer_block.TransformerBlock.sharded_state_dict": self.sharded_state_dict_wrapper,
             "megatron.training.training.get_model": self.get_model_wrapper,
             "megatron.training.training.train_step": self.train_step_wrapper,
             "megatron.training.training.num_floating_point_operations": self.flops_wrapper,
@@ -143,6 +144,18 @@ class NSAFeature(MindSpeedFeature):
             return dataclasses.replace(submodules, layer_specs=layers)
 
         return with_nsa
+
+    def sharded_state_dict_wrapper(self, sharded_state_dict: Callable) -> Callable:
+        """Megatron's `TransformerBlock.sharded_state_dict`, told that layers differ where only some have NSA."""
+
+        @functools.wraps(sharded_state_dict)
+        def told(block: Any, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+            total = block.config.num_layers
+            if len(self._settings.nsa_layers(total)) < total:
+                metadata = {**(metadata or {}), "non_homogeneous_layers": True}
+            return sharded_state_dict(block, prefix, sharded_offsets, metadata)
+
+        return told
 
     def get_model_wrapper(self, get_model: Callable) -> Callable:
         """Megatron's `get_model`: the operators are probed before the model is built, and its cores looked at afterwards."""
