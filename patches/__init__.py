@@ -17,6 +17,32 @@ cpu_host: Megatron-core on a host with no accelerator; `install` puts all of it 
         how:  the device becomes the CPU; `Tensor.type()` asked by Megatron says torch.cuda.
         when: as above.
 
+mindspeed: a MindSpeed job with NSA; MindSpeed's manager applies these with its own, and removes them.
+    MindSpeedFeaturesManager.set_features_list
+        why:  MindSpeed-LLM puts a list of its own in the place of the one that the feature has joined.
+        how:  the feature is added to every list.
+        when: MindSpeed finds features by an entry point.
+    megatron.core.transformer.transformer_block._get_block_submodules
+        why:  every layer spec of a decoder comes through it, whoever wrote it, before a layer is built.
+        how:  wrapped: the layers that `nsa.layers` names get NSA's attention; the others stay as specified.
+        when: the host asks a registry for attention variants.
+    megatron.core.transformer.transformer_block.TransformerBlock.sharded_state_dict
+        why:  Megatron stacks the parameters of all layers under one name, which layers that differ do not have in common.
+        how:  wrapped: where some layers are dense, `non_homogeneous_layers` is set, and each layer has names of its own.
+        when: Megatron looks at the layers.
+    megatron.training.training.get_model
+        why:  operators are probed once ranks can talk, and a model whose cores are not those asked for must not train.
+        how:  wrapped: `agree_on_plan` before, `check_swapped` after.
+        when: the host has hooks around building a model.
+    megatron.training.training.train_step
+        why:  what the layers choose belongs in the job's TensorBoard.
+        how:  wrapped: at the log interval, statistics are collected during the step and written after it.
+        when: the host lets modules write scalars.
+    megatron.training.training.num_floating_point_operations
+        why:  the throughput that the host prints counts dense attention.
+        how:  wrapped: the dense attention of NSA layers is taken out, theirs put in (`mindspeed_nsa.flops`).
+        when: the host asks layers for their operations.
+
 npu_host: Megatron-core on a host with NPUs; `install` puts all of it in place before Megatron is imported, for good.
     torch_npu.contrib.transfer_to_npu, a module of torch_npu that acts when it is imported
         why:  Megatron calls torch.cuda and asks for device="cuda" and for nccl.

@@ -8,6 +8,7 @@ import yaml
 from mindspeed_nsa import autoload, doctor
 from mindspeed_nsa.cli import main
 from mindspeed_nsa.doctor import FAULT, NOTE, OK
+from mindspeed_nsa.launch import hosts
 from mindspeed_nsa.ops import schemas
 from mindspeed_nsa.pretrain import job as job_module
 
@@ -233,6 +234,33 @@ def test_data_that_is_not_there_stops_the_job_and_nothing_else(job):
     rows = doctor.examine(job("data.valid_data_path", "nowhere"))
     assert row_of(rows, "data").finding.startswith("data.valid_data_path: nowhere.bin: no such file")
     assert [row.subject for row in rows if row.status == FAULT] == ["data", "this job"]
+
+
+def test_overrides_take_the_place_of_the_file(job):
+    assert statuses(doctor.examine(job(), ["data.data_path=nowhere"]))["data"] == FAULT
+    assert (
+        statuses(doctor.examine(job("data.data_path", "nowhere"), [f"data.data_path={job().with_name('text')}"]))["data"] == OK
+    )
+
+
+def test_a_job_with_experts_is_for_megatron_lm(job, monkeypatch, tmp_path):
+    experts = ["model.num_experts=4", "parallel.expert_model_parallel_size=4", "parallel.pipeline_model_parallel_size=2"]
+    found = row_of(doctor.examine(job(), experts), "launch")
+    assert (found.status, found.finding.split(";")[0]) == (FAULT, "model.num_experts: 4")
+    monkeypatch.setattr(hosts, "mindspeed", lambda: tmp_path)
+    monkeypatch.setattr(hosts, "megatron_version", lambda: (0, 12))
+    rows = doctor.examine(job(), experts, "mindspeed")
+    assert row_of(rows, "launch").finding == "16 ranks, or a multiple of that", "2 stages of 4 * 2"
+    assert row_of(rows, "torch_npu").status == FAULT, "MindSpeed needs it"
+
+
+@pytest.mark.parametrize("name", ["MEGATRON_LM_PATH", "MINDSPEED_PATH"])
+def test_hosts_that_are_not_there_stop_a_mindspeed_job(job, monkeypatch, name):
+    for each in ("MEGATRON_LM_PATH", "MINDSPEED_PATH"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setattr(hosts, "mindspeed" if name == "MEGATRON_LM_PATH" else "megatron_version", lambda: (0, 12))
+    found = row_of(doctor.examine(job(), (), "mindspeed"), "launch")
+    assert found.status == FAULT and name in found.finding
 
 
 def test_a_broken_job_file_is_one_line(job, capsys, tmp_path):

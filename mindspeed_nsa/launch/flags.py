@@ -13,6 +13,7 @@ from mindspeed_nsa.pretrain.job import Job
 # What the trainer here does that Megatron-LM does by choice, and what it would do by kernels for CUDA.
 _ALWAYS = {
     "accumulate_allreduce_grads_in_fp32": True,
+    "attention_softmax_in_fp32": True,
     "no_create_attention_mask_in_dataloader": True,
     "no_gradient_accumulation_fusion": True,
     "no_masked_softmax_fusion": True,
@@ -75,7 +76,8 @@ def _model(job: Job) -> dict[str, Any]:
         # YaRN's factor, which also scales the softmax; 1 leaves plain rotary positions.
         options["rotary_scaling_factor"] = 1.0
     else:
-        options |= dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"))
+        # Megatron's own GQA has one dim for a head; NSA's layers are told by a flag of their own.
+        options |= dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"))
     return options
 
 
@@ -127,7 +129,8 @@ def _nsa(job: Job, config: Path, overrides: list[str]) -> dict[str, Any]:
     if not job.nsa.enabled:
         return {}
     single = dict(override.removeprefix("nsa.").split("=", 1) for override in overrides if override.startswith("nsa."))
-    return {"nsa_config": str(config)} | {f"nsa_{key}": value for key, value in single.items()}
+    options = {"nsa_config": str(config)} | {f"nsa_{key}": value for key, value in single.items()}
+    return options | {"nsa_v_head_dim": None if job.model.multi_latent_attention else job.model.v_head_dim}
 
 
 def _extra(section: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class ModelSection(Section):
     qk_head_dim: int = Field(128, ge=1)
     qk_pos_emb_head_dim: int = Field(64, ge=1)
     num_experts: int | None = Field(None, ge=1)
-    moe_layer_freq: Literal[1] | str = 1
+    moe_layer_freq: int | str = 1
     moe_ffn_hidden_size: int | None = Field(None, ge=1)
     moe_shared_expert_intermediate_size: int | None = Field(None, ge=1)
     moe_router_topk: int = Field(2, ge=1)
@@ -96,7 +96,7 @@ class ModelSection(Section):
             return self
         if self.moe_router_topk > self.num_experts:
             raise ValueError(f"moe_router_topk: {self.moe_router_topk} is more than num_experts {self.num_experts}")
-        if isinstance(self.moe_layer_freq, str) and not _LAYER_PATTERN.fullmatch(self.moe_layer_freq):
+        if self.moe_layer_freq != 1 and not _LAYER_PATTERN.fullmatch(str(self.moe_layer_freq)):
             raise ValueError(f"moe_layer_freq: {self.moe_layer_freq!r} is neither 1 nor a pattern such as `([0]*1+[1]*29)`")
         if len(self.expert_layers) != self.num_layers:
             raise ValueError(

@@ -337,16 +337,9 @@ class _Statistics:
         """The statistics of every layer, averaged over the ranks that hold it."""
         if self._models is None:
             return {}
-        from mindspeed_nsa.patches.megatron_core import nsa_statistics
+        from mindspeed_nsa.patches.megatron_core import gather_statistics
 
-        ranks: list[dict[int, dict[str, float]]] = [{} for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(ranks, nsa_statistics(self._models))
-        layers = sorted({layer for rank in ranks for layer in rank})
-        return {layer: _mean([rank[layer] for rank in ranks if layer in rank]) for layer in layers}
-
-
-def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        return gather_statistics(self._models)
 
 
 def _mean_loss(loss_mask: Tensor, counted: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -90,7 +90,7 @@ def _on_host(op: Any) -> Callable:
         def to_device(x):
             if not isinstance(x, Tensor):
                 return x
-            return aliased[id(x)][0] if id(x) in aliased else _moved(x)
+            return aliased[id(x)][0] if id(x) in aliased else moved(x)
 
         records.add("synchronising" if short in _SYNCHRONISING or _by_mask(short, args) else "aten", name)
         with torch.no_grad(), torch._C.DisableTorchFunction():
@@ -109,7 +109,8 @@ def _by_mask(name: str, args: tuple) -> bool:
     return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in indices)
 
 
-def _moved(tensor: Tensor) -> Tensor:
+def moved(tensor: Tensor) -> Tensor:
+    """A tensor on the device with the values of one on the CPU."""
     out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="npu")
     host(out).copy_(tensor)
     return out
@@ -149,13 +150,13 @@ def _matmul_backward(grad: Tensor, first: Tensor, second: Tensor, mask: list[boo
         b, g = b.unsqueeze(-1), g.unsqueeze(-1)
     of_first = (g @ b.mT).sum_to_size(a.shape).reshape(first.shape)
     of_second = (a.mT @ g).sum_to_size(b.shape).reshape(second.shape)
-    return _moved(of_first), _moved(of_second)
+    return moved(of_first), moved(of_second)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype, *types: int | None) -> Tensor:
     """Of torch_npu alone: what its autocast does, and the gradient of that."""
     records.add("aten", "npu::npu_dtype_cast")
-    return _moved(host(tensor).to(dtype))
+    return moved(host(tensor).to(dtype))
 
 
 def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -169,7 +170,7 @@ def _to_copy(tensor: Tensor, *, device: torch.device | None = None, **kwargs) ->
     _note_copy("aten::_to_copy", tensor.device.type, to)
     kwargs.pop("non_blocking", None)
     out = torch.ops.aten._to_copy(host(tensor), **kwargs)
-    return out if to == "cpu" else _moved(out)
+    return out if to == "cpu" else moved(out)
 
 
 def _note_copy(name: str, source: str, target: str) -> None:

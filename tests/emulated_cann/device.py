@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import aten, hccl, records
+from . import aten, fused, hccl, records, torchair
 from .kernels_common import Refused, Trap
 from .records import Log, record
 from .signatures import SIGNATURES, Parameter
@@ -69,7 +69,9 @@ def start() -> None:
     runtime.emulated_deterministic.restype = ctypes.c_int64
     records.count_with(runtime.emulated_counters())
     aten.install()
+    fused.install()
     hccl.install()
+    torchair.install()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from .kernels_common import Refused, Trap
 from .kernels_compress import nsa_compress, nsa_compress_attention, nsa_compress_grad
-from .kernels_fusion import flash_attention, flash_attention_grad
+from .kernels_fusion import batched_attention, batched_attention_grad, flash_attention, flash_attention_grad
 from .kernels_select import nsa_select_attention, nsa_select_attention_grad
 from .variants import Variants
 
@@ -23,6 +23,8 @@ KERNELS: dict[str, Kernel] = {
     "aclnnNsaCompressAttention": nsa_compress_attention,
     "aclnnNsaSelectedAttention": nsa_select_attention,
     "aclnnNsaSelectedAttentionGrad": nsa_select_attention_grad,
+    "aclnnFlashAttentionScore": batched_attention,
+    "aclnnFlashAttentionScoreGrad": batched_attention_grad,
     "aclnnFlashAttentionVarLenScore": flash_attention,
     "aclnnFlashAttentionUnpaddingScoreGrad": flash_attention_grad,
 }

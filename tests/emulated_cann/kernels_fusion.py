@@ -80,6 +80,47 @@ def flash_attention_grad(args: SimpleNamespace, variants: Variants, deterministi
     args.value_grad.copy_(value_grad)
 
 
+def batched_attention(args: SimpleNamespace, variants: Variants, deterministic: bool) -> None:
+    """Attention of a batch of sequences of one length, SBH: packed samples by another name."""
+    packed = _packed(args, ("attention",))
+    flash_attention(packed, variants, deterministic)
+    _unpack(args, packed, ("attention",))
+
+
+def batched_attention_grad(args: SimpleNamespace, variants: Variants, deterministic: bool) -> None:
+    """Its gradient."""
+    gradients = ("query_grad", "key_grad", "value_grad")
+    packed = _packed(args, ("grad", "attention", *gradients))
+    flash_attention_grad(packed, variants, deterministic)
+    _unpack(args, packed, gradients)
+
+
+def _packed(args: SimpleNamespace, others: tuple[str, ...]) -> SimpleNamespace:
+    """The arguments of the operator for packed samples: [S, B, N * D] becomes [B * S, N, D], and the statistics, which are
+    [B, N, S, 8] here, lie in memory as they do there."""
+    require(args.layout == "SBH", f"layout {args.layout} of equal sequences is not emulated, only SBH")
+    length, batch, width = args.query.shape
+    dim = width // args.head_num
+    kv_heads = args.key.shape[2] // dim
+    heads = {"key": kv_heads, "value": kv_heads, "key_grad": kv_heads, "value_grad": kv_heads}
+    packed = SimpleNamespace(**vars(args))
+    for name in ("query", "key", "value", *others):
+        tensor = getattr(args, name).transpose(0, 1).flatten(0, 1)
+        setattr(packed, name, tensor.unflatten(1, (heads.get(name, args.head_num), -1)).contiguous())
+    for name in ("softmax_max", "softmax_sum"):
+        setattr(packed, name, getattr(args, name).view(batch * length, args.head_num, 8))
+    packed.layout = "TND"
+    packed.actual_seq_qlen = [length * (b + 1) for b in range(batch)]
+    packed.actual_seq_kvlen = [args.key.shape[0] * (b + 1) for b in range(batch)]
+    return packed
+
+
+def _unpack(args: SimpleNamespace, packed: SimpleNamespace, names: tuple[str, ...]) -> None:
+    for name in names:
+        out = getattr(args, name)
+        out.copy_(getattr(packed, name).flatten(1).unflatten(0, (out.shape[1], out.shape[0])).transpose(0, 1))
+
+
 def _check(args: SimpleNamespace, variants: Variants) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Refuse what the operator does not take, or this emulation; return the spans of queries and of keys (section 4)."""
     require_heads(args)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, MutableSequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -81,12 +81,12 @@ def add_copy(direction: str, name: str) -> None:
 
 
 @contextmanager
-def record() -> Iterator[Log]:
-    """Log what the statements inside ask of the device, on every thread."""
+def record(views: bool = True) -> Iterator[Log]:
+    """Log what the statements inside ask of the device, on every thread; `views`, which cost time, on this one."""
     log, before = Log(), list(counters[: len(TRAFFIC)])
     _open.append(log)
     try:
-        with _Views():
+        with _Views() if views else nullcontext():
             yield log
     finally:
         _open.remove(log)

@@ -48,6 +48,16 @@ SIGNATURES = {
         "I actual_seq_kvlen, t atten_mask, d scale, i select_block_size, i select_block_count, i head_num, s layout,"
         "i sparse_mode, >t query_grad, >t key_grad, >t value_grad"
     ),
+    "aclnnFlashAttentionScore": _parameters(
+        "t query, t key, t value, t pse, t drop_mask, t padding_mask, t atten_mask, I prefix, d scale, d keep_prob,"
+        "i pre_tokens, i next_tokens, i head_num, s layout, i inner_precise, i sparse_mode, >t softmax_max, >t softmax_sum,"
+        ">t softmax_out, >t attention"
+    ),
+    "aclnnFlashAttentionScoreGrad": _parameters(
+        "t query, t key, t value, t grad, t pse, t drop_mask, t padding_mask, t atten_mask, t softmax_max, t softmax_sum,"
+        "t softmax_in, t attention, I prefix, d scale, d keep_prob, i pre_tokens, i next_tokens, i head_num, s layout,"
+        "i inner_precise, i sparse_mode, >t query_grad, >t key_grad, >t value_grad, >t pse_grad"
+    ),
     "aclnnFlashAttentionVarLenScore": _parameters(
         "t query, t key, t value, t pse, t drop_mask, t padding_mask, t atten_mask, I prefix, I actual_seq_qlen,"
         "I actual_seq_kvlen, d scale, d keep_prob, i pre_tokens, i next_tokens, i head_num, s layout, i inner_precise,"

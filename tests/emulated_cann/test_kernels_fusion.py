@@ -118,3 +118,27 @@ def test_backward_traps_a_row_with_everything_masked():
     mask[3, 9] = False
     with pytest.raises(Refused, match="softmax_sum"):
         backward(out, zeros(8), softmax_sum=statistics(zeros(9))["softmax_sum"])
+
+
+def test_a_batch_of_equal_sequences_is_packed_samples():
+    """SBH against TND: the same attention, statistics and gradients, moved to where each layout has them."""
+    length, batch, heads, kv_heads, dim = 40, 2, 4, 2, 16
+    query, key, value, grad = (torch.randn(length, batch, n * dim) for n in (heads, kv_heads, kv_heads, heads))
+
+    def packed(tensor):
+        return tensor.transpose(0, 1).reshape(batch * length, -1, dim)
+
+    ends = [length, 2 * length]
+    expected = forward(packed(query), packed(key), packed(value), ends, ends, 2)
+    expected_grads = backward(expected, packed(grad))
+    given = {"query": query, "key": key, "value": value, "atten_mask": TRIANGLE, "head_num": heads, "scale": 0.1}
+    given |= {"keep_prob": 1.0, "pre_tokens": ALL, "next_tokens": 0, "sparse_mode": 2, "layout": "SBH"}
+    rooms = {name: torch.empty(batch, heads, length, 8) for name in ("softmax_max", "softmax_sum")}
+    out = call("aclnnFlashAttentionScore", **given, **rooms, attention=torch.empty_like(query))
+    assert torch.equal(packed(out.attention), expected.attention)
+    assert torch.equal(out.softmax_sum.flatten(), expected.softmax_sum.flatten())
+    saved = {name: getattr(out, name) for name in ("softmax_max", "softmax_sum", "attention")}
+    gradients = {f"{name}_grad": torch.empty_like(x) for name, x in (("query", query), ("key", key), ("value", value))}
+    grads = call("aclnnFlashAttentionScoreGrad", **given, **saved, **gradients, grad=grad)
+    for name in gradients:
+        assert torch.equal(packed(getattr(grads, name)), getattr(expected_grads, name)), name

@@ -46,8 +46,12 @@ def test_every_value_is_written_out():
         **{"--eval-interval": "100", "--eval-iters": "0"},
         **{"--log-interval": "1", "--tensorboard-dir": "runs/tiny", "--tensorboard-log-interval": "1"},
         **{"--log-throughput": True, "--nsa-config": str(TINY)},
-        **{"--accumulate-allreduce-grads-in-fp32": True, "--no-create-attention-mask-in-dataloader": True},
-        **{"--no-gradient-accumulation-fusion": True, "--no-masked-softmax-fusion": True},
+        **{"--accumulate-allreduce-grads-in-fp32": True, "--attention-softmax-in-fp32": True},
+        **{
+            "--no-create-attention-mask-in-dataloader": True,
+            "--no-gradient-accumulation-fusion": True,
+            "--no-masked-softmax-fusion": True,
+        },
         **{"--override-opt_param-scheduler": True},
     }
 
@@ -58,7 +62,9 @@ def test_every_value_is_written_out():
         (["model.add_bias_linear=true"], {}, ["--disable-bias-linear"]),
         (["training.bf16=true", "model.qk_layernorm=true"], {"--bf16": True, "--qk-layernorm": True}, []),
         (["model.num_query_groups="], {"--num-query-groups": "8"}, []),
-        (["model.v_head_dim=8"], {"--v-head-dim": "8"}, []),
+        (["model.v_head_dim=8"], {"--nsa-v-head-dim": "8"}, ["--v-head-dim"]),
+        (["model.v_head_dim=8", "nsa.enabled=false"], {}, ["--v-head-dim", "--nsa-v-head-dim"]),
+        (["nsa.layers='-2:'"], {"--nsa-layers": "'-2:'"}, []),
         (["parallel.tensor_model_parallel_size=4"], {"--make-vocab-size-divisible-by": "32"}, []),
         (["training.lr_decay_iters=9"], {"--lr-decay-iters": "9"}, []),
         (["logging.tensorboard=false"], {}, ["--tensorboard-dir"]),

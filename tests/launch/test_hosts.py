@@ -3,25 +3,6 @@ import pytest
 from mindspeed_nsa.launch import hosts
 
 
-@pytest.fixture
-def sources(tmp_path, monkeypatch):
-    """Megatron-LM and MindSpeed as far as they are read: their options and the version. Stand-ins."""
-    megatron, mindspeed = tmp_path / "Megatron-LM", tmp_path / "MindSpeed"
-    files = {
-        megatron / "megatron" / "training" / "arguments.py": "group.add_argument('--use-flash-attn', '--flash', help='--no')",
-        megatron / "megatron" / "core" / "package_info.py": "MAJOR = 0\nMINOR = 12\nPATCH = 1\n",
-        mindspeed / "mindspeed" / "megatron_adaptor.py": "",
-        mindspeed / "mindspeed" / "arguments.py": "group.add_argument('--op-cal-tflops')",
-        mindspeed / "mindspeed" / "features_manager" / "moe" / "gmm.py": "group.add_argument('--gemm-fusion', type=int)",
-    }
-    for path, text in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    monkeypatch.setenv("MEGATRON_LM_PATH", str(megatron))
-    monkeypatch.setenv("MINDSPEED_PATH", str(mindspeed))
-    return megatron, mindspeed
-
-
 def test_hosts_are_found(sources):
     assert (hosts.megatron_lm(), hosts.mindspeed()) == sources
     assert hosts.megatron_version() == (0, 12)
@@ -29,9 +10,7 @@ def test_hosts_are_found(sources):
 
 def test_options_of_both_are_known(sources):
     hosts.check_options(["use_flash_attn", "flash", "op_cal_tflops", "gemm_fusion"])
-    with pytest.raises(
-        ValueError, match=r"^megatron\.use_flash_atn: neither .* has that argument; did you mean use_flash_attn\?$"
-    ):
+    with pytest.raises(ValueError, match=r"^megatron\.use_flash_atn: neither .*; did you mean use_flash_attn\?$"):
         hosts.check_options(["op_cal_tflops", "use_flash_atn"])
     with pytest.raises(ValueError, match=r"^megatron\.no: "):
         hosts.check_options(["no"])

@@ -63,6 +63,15 @@ def test_defaults_follow_from_other_keys(read):
         ("data.tokenizer_type=HuggingFaceTokenizer", "data.tokenizer_model: None: no such file"),
         ("checkpoint.save_interval=2", "checkpoint.save_interval: needs a folder in save"),
         ("nsa.layers=[4]", "nsa.layers: [4] goes past num_layers 4, counted from 0"),
+        ("model.moe_router_topk=2", "model.moe_router_topk: only a Mixture of Experts reads it; num_experts is not set"),
+        ("model.num_experts=4 model.moe_router_topk=5", "model.moe_router_topk: 5 is more than num_experts 4"),
+        ("model.num_experts=4 model.moe_layer_freq=2", "model.moe_layer_freq: 2 is neither 1 nor a pattern"),
+        ("model.num_experts=4 model.moe_layer_freq=all", "model.moe_layer_freq: 'all' is neither 1 nor a pattern such as"),
+        ("model.num_experts=4 model.moe_layer_freq=([0]+[1]*2)", "moe_layer_freq: ([0]+[1]*2) is of 3 layers"),
+        ("model.num_experts=4 parallel.expert_model_parallel_size=3", "expert_model_parallel_size: 3 does not divide num_ex"),
+        ("parallel.expert_model_parallel_size=2", "parallel.expert_model_parallel_size: it and expert_tensor_parallel_size"),
+        ("parallel.expert_tensor_parallel_size=1", "parallel.expert_model_parallel_size: it and expert_tensor_parallel_size"),
+        ("model.num_experts=4", "model.num_experts: 4; the trainer here has no experts; `mindspeed-nsa launch` gives"),
         ("nsa.select_block_size=32", "nsa.select_block_size: 32 cannot run on the Ascend operators"),
     ],
 )
@@ -85,6 +94,29 @@ def test_packed_documents_take_one_sequence_at_a_time(read):
     assert read(*packed).data.reset_attention_mask
     with pytest.raises(ValueError, match=r"training\.micro_batch_size: 2; reset_attention_mask packs documents"):
         read(*packed, "training.micro_batch_size=2")
+
+
+def test_layers_with_experts():
+    model = Job.read(TINY, ["model.num_experts=4", "model.moe_layer_freq=([0]*1+[1]*2+[0])"]).model
+    assert model.expert_layers == [False, True, True, False]
+    assert Job.read(TINY, ["model.num_experts=4"]).model.expert_layers == [True] * 4
+    assert Job.read(TINY).model.expert_layers == [False] * 4
+
+
+def test_experts_are_split_within_a_pipeline_stage():
+    experts = ("model.num_experts=4", "parallel.expert_model_parallel_size=4", "training.global_batch_size=8")
+    job = Job.read(TINY, [*experts, "parallel.tensor_model_parallel_size=2"])
+    with pytest.raises(ValueError, match=r"4 \* expert_tensor_parallel_size 2 does not divide the 4 ranks of a pipeline stage"):
+        job.check_layout(4, (0, 12))
+    job.check_layout(8, (0, 12))
+    Job.read(TINY, [*experts, "parallel.expert_tensor_parallel_size=1"]).check_layout(4, (0, 12))
+
+
+def test_widths_that_follow_from_others():
+    model = Job.read(TINY).model
+    assert (model.ffn_width, model.value_width) == (320, 16), "8/3 of 128 in whole 64s"
+    plain = Job.read(TINY, ["model.swiglu=false", "model.v_head_dim=8"]).model
+    assert (plain.ffn_width, plain.value_width) == (512, 8)
 
 
 def test_a_missing_file_and_a_file_that_is_no_job(tmp_path):
