@@ -1,0 +1,205 @@
+// Backward: probabilities and gradients of logits of tiles of lanes, for one key tile at a time.
+
+struct Gradients {
+    const NsaTensor &grad, &query, &attention;
+    const float *row_max, *row_sum;
+};
+
+// The queries of a chunk (or of a list) as backward reads them, in groups of kTiles tiles of lanes.
+template <class E> class QuerySide {
+  public:
+    using In = typename E::In;
+
+    QuerySide(const Problem &problem, int64_t tiles)
+        : problem_(problem), query_stage_(problem.qk_pad), grad_stage_(problem.v_pad), tile_(tiles),
+          query_t_(tiles * problem.qk_pad * kLanes), grad_t_(tiles * problem.v_pad * kLanes),
+          query_(tiles * problem.qk_pad * kLanes), grad_(tiles * problem.v_pad * kLanes),
+          left_(problem.v_pad), right_(problem.v_pad) {}
+
+    LaneTile &tile(int64_t i) { return tile_[i]; }
+    const In *query_t(int64_t i) const { return query_t_ + i * problem_.qk_pad * kLanes; }
+    const In *grad_t(int64_t i) const { return grad_t_ + i * problem_.v_pad * kLanes; }
+    // Panel j of dims of the group's rows; a group starts at a multiple of kTiles.
+    const In *query(int64_t group, int64_t j) const { return query_ + (group * problem_.qk_pad + j * kGroup) * kLanes; }
+    const In *grad(int64_t group, int64_t j) const { return grad_ + (group * problem_.v_pad + j * kGroup) * kLanes; }
+
+    // Take the rows of tile `i`; `by_rows`: also as the gradients of keys and values read them.
+    template <class See>
+    void take(int64_t i, const Gradients &from, TileRows rows, const See &see, bool by_rows) {
+        LaneTile &tile = tile_[i];
+        tile.look(rows, see);
+        int32_t type = problem_.at.type;
+        bool all[kLanes];
+        memcpy(all, rows.used, sizeof all);
+        for (int lane = 0; lane < kLanes; lane++) {
+            tile.level[lane] = tile.total[lane] = tile.delta[lane] = 0;
+            if (!rows.used[lane]) continue;
+            int64_t at = rows.token[lane] * problem_.at.query_heads + rows.head[lane];
+            rows.used[lane] = from.row_max[at] != kLowest; // all keys masked: the logits are equal constants
+            tile.level[lane] = rows.used[lane] ? from.row_max[at] * kLog2E : 0;
+            tile.total[lane] = from.row_sum[at] == 0 ? 0 : 1 / from.row_sum[at];
+            tile.delta[lane] = dot(row_of(from.grad, type, rows.token[lane], rows.head[lane]),
+                                   row_of(from.attention, type, rows.token[lane], rows.head[lane]));
+        }
+        int64_t qk = problem_.qk_pad, v = problem_.v_pad, group = i / kTiles * kTiles, inside = i % kTiles * kLanes * kLanes;
+        auto query_rows = query_stage_.gather(type, from.query, problem_.at.qk_dim, problem_.at.scale < 0, rows);
+        E::pack_columns(query_rows, qk, query_t_ + i * qk * kLanes);
+        if (by_rows) E::pack_rows(query_rows, qk, query_ + group * qk * kLanes + inside, kGroup * kLanes);
+        memcpy(rows.used, all, sizeof all);
+        auto grad_rows = grad_stage_.gather(type, from.grad, problem_.at.v_dim, false, rows);
+        E::pack_columns(grad_rows, v, grad_t_ + i * v * kLanes);
+        if (by_rows) E::pack_rows(grad_rows, v, grad_ + group * v * kLanes + inside, kGroup * kLanes);
+    }
+    // Fill the rest of the last group with rows that weigh nothing.
+    void fill(int64_t count) {
+        int64_t qk = problem_.qk_pad, v = problem_.v_pad;
+        for (int64_t i = count; i % kTiles; i++) {
+            LaneTile &tile = tile_[i];
+            tile = tile_[count - 1];
+            for (int lane = 0; lane < kLanes; lane++) tile.level[lane] = tile.total[lane] = tile.delta[lane] = 0;
+            int64_t group = i / kTiles * kTiles, inside = i % kTiles * kLanes * kLanes;
+            memset(query_t_ + i * qk * kLanes, 0, qk * kLanes * sizeof(In));
+            memset(grad_t_ + i * v * kLanes, 0, v * kLanes * sizeof(In));
+            for (int64_t j = 0; j < qk / 16; j++)
+                memset(query_ + (group * qk + j * kGroup) * kLanes + inside, 0, kLanes * kLanes * sizeof(In));
+            for (int64_t j = 0; j < v / 16; j++)
+                memset(grad_ + (group * v + j * kGroup) * kLanes + inside, 0, kLanes * kLanes * sizeof(In));
+        }
+    }
+
+  private:
+    static constexpr int64_t kGroup = kTiles * kLanes; // rows of a group
+
+    float dot(const void *x, const void *y) {
+        int64_t dim = problem_.at.v_dim, i = 0;
+        read_row(problem_.at.type, x, dim, left_);
+        read_row(problem_.at.type, y, dim, right_);
+        vf total{};
+        for (; i + kWidth <= dim; i += kWidth) total += load(left_ + i) * load(right_ + i);
+        float rest = sum(total);
+        for (; i < dim; i++) rest += left_[i] * right_[i];
+        return rest;
+    }
+
+    const Problem &problem_;
+    RowStage<E> query_stage_, grad_stage_;
+    Buffer<LaneTile> tile_;
+    Buffer<In> query_t_, grad_t_, query_, grad_;
+    Buffer<float> left_, right_;
+};
+
+// Probabilities and gradients of the logits, of two tiles of lanes: by rows of lanes, and as panels.
+template <class E, bool masked, bool rows_wanted, bool panels_wanted>
+inline void differentiate(const float *const *logits, const float *const *grads, LaneTile *const *tiles, int64_t rows,
+                          int64_t start, float slope, int64_t row, typename E::In *by_row, typename E::In *grad_by_row,
+                          typename E::In *const *panels) {
+    for (int lane = 0; lane < kLanes; lane += kWidth) {
+        vf level[2], inverse[2], delta[2];
+        for (int t = 0; t < 2; t++) {
+            level[t] = load(tiles[t]->level + lane);
+            inverse[t] = load(tiles[t]->total + lane);
+            delta[t] = load(tiles[t]->delta + lane);
+        }
+        for (int64_t i = 0; i < rows; i += 2) {
+            vf weight[2][2], grad[2][2]; // [key][tile]
+            for (int j = 0; j < 2; j++)
+                for (int t = 0; t < 2; t++) {
+                    int64_t at = (i + j) * kLanes + lane;
+                    vf x = exp2(load(logits[t] + at) * slope - level[t]) * inverse[t], y = load(grads[t] + at) - delta[t];
+                    if (masked) {
+                        vi seen = visible(*tiles[t], lane, int32_t(start + i + j));
+                        x = pick(seen, x, vf{});
+                        y = pick(seen, y, vf{});
+                    }
+                    weight[j][t] = x;
+                    grad[j][t] = x * y;
+                }
+            for (int j = 0; rows_wanted && j < 2; j++) {
+                E::put_row(by_row + (i + j) * row, lane, weight[j][0], weight[j][1]);
+                E::put_row(grad_by_row + (i + j) * row, lane, grad[j][0], grad[j][1]);
+            }
+            for (int t = 0; panels_wanted && t < 2; t++) E::put_pair(panels[t], i, lane, grad[0][t], grad[1][t]);
+        }
+    }
+}
+
+// A key tile in backward. key_t is read for the gradient of queries only.
+template <class E> struct BackwardTile {
+    const typename E::In *key, *value, *key_t;
+    int64_t start, rows;
+};
+
+template <class E> class Backward {
+  public:
+    using In = typename E::In;
+
+    explicit Backward(const Problem &problem)
+        : problem_(problem), logits_(kTiles * kPanel), grads_(kTiles * kPanel), panels_(kTiles * kPanel),
+          by_row_(kTiles * kPanel), grad_by_row_(kTiles * kPanel) {}
+
+    // `n` tiles of lanes against a key tile. Adds to the gradients of the queries (`grad_query(tile)`: [qk_pad, lanes]) and, for a
+    // whole group of kTiles, of keys and values (panels of dims [rows, 16]).
+    template <bool to_query, bool to_keys, class GradQuery>
+    void add(const BackwardTile<E> &keys, QuerySide<E> &side, const int64_t *tiles, int n, const GradQuery &grad_query,
+             float *grad_key, float *grad_value) {
+        int64_t qk = problem_.qk_pad, v = problem_.v_pad, rows = keys.rows, group = tiles[0];
+        auto panel = [](auto *of) { return [of](int64_t j) { return of + j * kPanel; }; };
+        multiply<E, false>(keys.key, rows, qk, n, [&](int64_t j) { return side.query_t(tiles[j]); }, panel(&logits_[0]));
+        multiply<E, false>(keys.value, rows, v, n, [&](int64_t j) { return side.grad_t(tiles[j]); }, panel(&grads_[0]));
+        for (int j = 0; j < n; j += 2) differentiate_pair<to_query, to_keys>(keys, side, tiles, j, std::min(j + 1, n - 1));
+        if (to_query) multiply<E, true>(keys.key_t, qk, rows, n, panel(&panels_[0]), [&](int64_t j) { return grad_query(tiles[j]); });
+        if (!to_keys) return;
+        multiply<E, true>(by_row_, rows, kRow, v / 16, [&](int64_t j) { return side.grad(group, j); },
+                          [&](int64_t j) { return grad_value + j * rows * 16; });
+        multiply<E, true>(grad_by_row_, rows, kRow, qk / 16, [&](int64_t j) { return side.query(group, j); },
+                          [&](int64_t j) { return grad_key + j * rows * 16; });
+    }
+
+  private:
+    static constexpr int64_t kPanel = kKeys * kLanes, kRow = kTiles * kLanes;
+
+    template <bool to_query, bool to_keys>
+    void differentiate_pair(const BackwardTile<E> &keys, QuerySide<E> &side, const int64_t *tiles, int j, int other) {
+        const float *logits[2] = {logits_ + j * kPanel, logits_ + other * kPanel};
+        const float *grads[2] = {grads_ + j * kPanel, grads_ + other * kPanel};
+        LaneTile *lanes[2] = {&side.tile(tiles[j]), &side.tile(tiles[other])};
+        In *panels[2] = {panels_ + j * kPanel, panels_ + (j + 1) * kPanel};
+        bool masked = !lanes[0]->sees_all(keys.start, keys.rows) || !lanes[1]->sees_all(keys.start, keys.rows);
+        auto run = masked ? differentiate<E, true, to_keys, to_query> : differentiate<E, false, to_keys, to_query>;
+        run(logits, grads, lanes, keys.rows, keys.start, problem_.slope, kRow, by_row_ + j * kLanes, grad_by_row_ + j * kLanes, panels);
+    }
+
+    const Problem &problem_;
+    Buffer<float> logits_, grads_;
+    Buffer<In> panels_, by_row_, grad_by_row_;
+};
+
+// Rows of the gradient of queries from panels [qk_pad, lanes].
+template <class E>
+inline void write_grad_query(const Problem &problem, const TileRows &rows, const float *panel, const float *row_max,
+                             float *scratch, void *grad_query) {
+    int64_t qk = problem.qk_pad, dim = problem.at.qk_dim;
+    for (int64_t d = 0; d < qk; d += 16) transpose_panel(panel + d * kLanes, scratch + d, qk);
+    for (int lane = 0; lane < kLanes; lane++) {
+        if (!rows.used[lane]) continue;
+        int64_t at = rows.token[lane] * problem.at.query_heads + rows.head[lane];
+        float *row = scratch + lane * qk, scale = float(problem.at.scale);
+        if (row_max[at] == kLowest)
+            memset(row, 0, qk * sizeof(float));
+        else
+            for (int64_t d = 0; d < qk; d += kWidth) store(row + d, load(row + d) * scale);
+        write_row(problem.at.type, row, dim, row_of(grad_query, problem.at.type, at, dim));
+    }
+}
+
+// Rows of the gradient of keys or values from panels of dims [rows, 16].
+inline void write_grad_keys(const Problem &problem, const float *panels, int64_t rows, int64_t count, int64_t first_key,
+                            int64_t head, int64_t dim, float scale, float *scratch, void *grad) {
+    for (int64_t i = 0; i < count; i++) {
+        for (int64_t d = 0; d < dim; d += 16)
+            for (int64_t x = 0; x < 16; x += kWidth)
+                store(scratch + d + x, load(panels + (d / 16 * rows + i) * 16 + x) * scale);
+        int64_t at = (first_key + i) * problem.at.kv_heads + head;
+        write_row(problem.at.type, scratch, dim, row_of(grad, problem.at.type, at, dim));
+    }
+}

@@ -1,0 +1,192 @@
+// Attention over compressed windows with the importance of blocks in the same pass (reference.compress_attention, causal).
+
+// How the probabilities of windows become scores of blocks (reference._scores).
+struct Importance {
+    int64_t per_block, before;
+    std::vector<float> overlap;
+
+    explicit Importance(const NsaCompressed &at) {
+        int64_t per_window = at.compress_block_size / at.compress_stride;
+        per_block = at.select_block_size / at.compress_stride;
+        before = per_window - 1 - (at.importance == NSA_IMPORTANCE_ASCEND);
+        int64_t reach = per_block + per_window - 1;
+        for (int64_t j = 0; j < reach; j++) overlap.push_back(float(std::min({j + 1, per_window, reach - j})));
+    }
+    int64_t reach() const { return int64_t(overlap.size()); }
+
+    // Adds a tile of weights [keys, lanes] to the scores [blocks, lanes] of its lanes.
+    void add(const float *weights, int64_t start, int64_t rows, int64_t blocks, float *scores) const {
+        int64_t first = std::max<int64_t>(ceil_div(start + before - reach() + 1, per_block), 0);
+        if (start + before - reach() + 1 < 0) first = 0;
+        int64_t last = std::min(blocks, (start + rows - 1 + before) / per_block + 1);
+        for (int64_t s = first; s < last; s++) {
+            int64_t window = s * per_block - before - start; // of overlap[0], in the tile
+            int64_t j0 = std::max<int64_t>(-window, 0), j1 = std::min(reach(), rows - window);
+            for (int lane = 0; lane < kLanes; lane += kWidth) {
+                vf score = load(scores + s * kLanes + lane);
+                for (int64_t j = j0; j < j1; j++) score += load(weights + (window + j) * kLanes + lane) * overlap[j];
+                store(scores + s * kLanes + lane, score);
+            }
+        }
+    }
+};
+
+// The ids of the best of `candidates` scores, equal ones by id; forced blocks first (reference.choose).
+class Chooser {
+  public:
+    explicit Chooser(const NsaCompressed &at) : at_(at), best_(at.select_block_count) {}
+
+    void choose(const float *scores, int64_t own, int64_t candidates, int32_t *ids) {
+        int64_t count = at_.select_block_count, found = 0;
+        float bar = -INFINITY;
+        for (int64_t s = 0; s < candidates; s++) {
+            bool forced = s <= own && (s < at_.init_blocks || s > own - at_.local_blocks);
+            float score = forced ? INFINITY : scores[s];
+            if (found == count && !(score > bar)) continue;
+            int64_t i = found < count ? found++ : count - 1;
+            for (; i > 0 && best_[i - 1] < score; i--) best_[i] = best_[i - 1], ids[i] = ids[i - 1];
+            best_[i] = score;
+            ids[i] = int32_t(s);
+            bar = best_[found - 1];
+        }
+        for (int64_t i = found; i < count; i++) ids[i] = int32_t(i); // fewer blocks than asked for
+    }
+
+  private:
+    const NsaCompressed &at_;
+    std::vector<float> best_;
+};
+
+// What a chunk's queries find important.
+class Scores {
+  public:
+    Scores(const NsaCompressed &at, int64_t tiles, int64_t blocks)
+        : importance_(at), most_(round_up(blocks, kLanes)), by_lane_(tiles * most_ * kLanes), row_(kLanes * most_) {}
+
+    void begin(int64_t tiles, int64_t blocks) {
+        blocks_ = blocks;
+        memset(by_lane_, 0, tiles * most_ * kLanes * sizeof(float));
+    }
+    void add(int64_t tile, const float *weights, const float *factor, int64_t start, int64_t rows) {
+        float *scores = by_lane_ + tile * most_ * kLanes;
+        if (factor && start) rescale(scores, std::min(blocks_, (start + importance_.before) / importance_.per_block + 1), factor);
+        importance_.add(weights, start, rows, blocks_, scores);
+    }
+    // Scores of a query, summed over its heads: those in lanes `first` to `last` of a tile, times their `inverse` sums.
+    void sum(int64_t tile, const LaneTile &lanes, int64_t first, int64_t last, bool fresh, float *scores) {
+        const float *from = by_lane_ + tile * most_ * kLanes;
+        alignas(64) float inverse[kLanes] = {};
+        for (int64_t lane = first; lane < last; lane++) inverse[lane] = lanes.total[lane] > 0 ? 1 / lanes.total[lane] : 0;
+        for (int64_t s = 0; s < blocks_; s += kLanes) {
+            const float *rows[kLanes];
+            alignas(64) float columns[kLanes * kLanes];
+            for (int64_t i = 0; i < kLanes; i++) rows[i] = from + (s + i) * kLanes;
+            transpose(rows, 0, columns, kLanes);
+            for (int64_t i = 0; i < kLanes; i += kWidth) {
+                vf total = fresh ? vf{} : load(scores + s + i);
+                for (int64_t lane = first; lane < last; lane++) total += load(columns + lane * kLanes + i) * inverse[lane];
+                store(scores + s + i, total);
+            }
+        }
+    }
+    float *row() { return row_; }
+
+  private:
+    Importance importance_;
+    int64_t most_, blocks_ = 0;
+    Buffer<float> by_lane_, row_;
+};
+
+// What one pass over the compressed keys is asked for.
+struct CompressedPass {
+    const NsaCompressed &at;
+    int64_t first_row, last_row, most_blocks;
+    int32_t *ids;     // or nullptr
+    float *scores;    // or nullptr
+    void *attention;  // or nullptr
+    float *row_max, *row_sum;
+
+    int64_t blocks(int64_t b) const { return at.sel_end[b] - (b ? at.sel_end[b - 1] : 0); }
+};
+
+// Scores of one query, all its tiles of lanes summed.
+template <class E>
+inline const float *score_query(Forward<E> &forward, Scores &scores, const Lanes &lanes, int64_t query) {
+    int64_t tile = query / lanes.queries_per_tile * lanes.tiles_per_query, first = query % lanes.queries_per_tile * lanes.heads;
+    for (int64_t i = 0; i < lanes.tiles_per_query; i++)
+        scores.sum(tile + i, forward.tile(tile + i), first, first + lanes.heads, i == 0, scores.row());
+    return scores.row();
+}
+
+template <class E>
+inline void choose_blocks(const Problem &problem, const CompressedPass &pass, const Chunk &chunk, const Lanes &lanes,
+                          Forward<E> &forward, Scores &scores, Chooser &chooser) {
+    const Sample &sample = *chunk.sample;
+    int64_t count = pass.at.select_block_count, blocks = pass.blocks(chunk.sample - problem.samples.data());
+    for (int64_t token = chunk.start; token < chunk.stop; token++) {
+        int64_t position = sample.position(token), own = position / pass.at.select_block_size;
+        if (pass.scores) {
+            float *to = pass.scores + ((token - pass.first_row) * problem.at.kv_heads + chunk.head) * pass.most_blocks;
+            memcpy(to, score_query(forward, scores, lanes, token - chunk.start), blocks * sizeof(float));
+            std::fill(to + blocks, to + pass.most_blocks, 0.f);
+        }
+        if (!pass.ids) continue;
+        int32_t *ids = pass.ids + (token * problem.at.kv_heads + chunk.head) * count;
+        if (position < pass.at.select_block_size * count) {
+            for (int64_t i = 0; i < count; i++) ids[i] = int32_t(i);
+        } else {
+            int64_t candidates = std::min(blocks, own + (pass.at.own_block ? 1 : 0));
+            chooser.choose(score_query(forward, scores, lanes, token - chunk.start), own, candidates, ids);
+        }
+    }
+}
+
+// Chunks of the rows asked for, so small that their scores fit into the second cache.
+inline std::vector<Chunk> compressed_chunks(const Problem &problem, const CompressedPass &pass, int64_t size) {
+    std::vector<Chunk> some;
+    for (Chunk chunk : chunks(problem, size)) {
+        chunk.start = std::max(chunk.start, pass.first_row);
+        chunk.stop = std::min(chunk.stop, pass.last_row);
+        if (chunk.start < chunk.stop) some.push_back(chunk);
+    }
+    return some;
+}
+
+template <class E>
+void compressed_pass(const Problem &problem, const CompressedPass &pass, const NsaTensor &query, const NsaTensor &key,
+                     const NsaTensor &value) {
+    Sight sight{0, pass.at.compress_block_size, pass.at.compress_stride};
+    KeyTiles tiles(problem, kKeys);
+    PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, true, false);
+    PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, false, pass.attention != nullptr);
+    Lanes lanes(problem.group, true);
+    bool scored = pass.scores || pass.at.select_block_count;
+    int64_t bytes = std::max<int64_t>(scored ? pass.most_blocks * kLanes * 4 : 0, 1);
+    int64_t size = lanes.queries(std::min<int64_t>(std::max<int64_t>((3 << 18) / bytes, kTiles), kChunkTiles));
+    auto work = compressed_chunks(problem, pass, size);
+    parallel<typename E::Session>(problem.at.threads, int64_t(work.size()), [&] {
+        int64_t most = lanes.tiles(size);
+        return [&, forward = Forward<E>(problem, most, pass.attention), chooser = Chooser(pass.at),
+                scores = Scores(pass.at, scored ? most : 0, pass.most_blocks)](int64_t task) mutable {
+            const Chunk &chunk = work[task];
+            const Sample &sample = *chunk.sample;
+            int64_t b = chunk.sample - problem.samples.data(), first = tiles.first[b], count = lanes.tiles(chunk.size());
+            // Early rows have no choice: their scores are not needed.
+            int64_t early = pass.at.select_block_size * pass.at.select_block_count;
+            bool score = pass.scores || (scored && sample.position(chunk.stop - 1) >= early);
+            forward.begin(chunk, lanes, query, [&](int64_t token) { return sight.of(sample, sample.position(token)); }, never);
+            if (score) scores.begin(count, pass.blocks(b));
+            auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
+            pair_up(sample, tiles, tile, count, [&](int64_t k, const int64_t *some, int n) {
+                const typename E::In *v = pass.attention ? values.transposed(first + k, chunk.head) : nullptr;
+                KeyTile<E> keys_of{keys.plain(first + k, chunk.head), v, tiles.start(k), tiles.rows};
+                if (!score) return forward.attend(keys_of, some, n);
+                forward.template attend<true>(keys_of, some, n, [&](int64_t i, const float *weights, const float *factor) {
+                    scores.add(i, weights, factor, keys_of.start, keys_of.rows);
+                });
+            });
+            choose_blocks(problem, pass, chunk, lanes, forward, scores, chooser);
+            if (pass.attention) forward.finish(chunk, lanes, never, pass.attention, pass.row_max, pass.row_sum);
+        };
+    });
+}

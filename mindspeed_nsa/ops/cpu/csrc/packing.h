@@ -1,0 +1,129 @@
+// Keys, values and query rows in the form that an engine multiplies.
+
+constexpr int kTiles = 4; // most tiles of lanes that are worked on together; even
+
+// Two panels at a time, as the engines take them; n panels, of which panel j has b(j) and c(j).
+template <class E, bool accumulate, class B, class C>
+inline void multiply(const typename E::In *a, int64_t m, int64_t k, int64_t n, const B &b, const C &c) {
+    for (int64_t j = 0; j < n; j += 2) {
+        const typename E::In *from[2] = {b(j), j + 1 < n ? b(j + 1) : nullptr};
+        float *to[2] = {c(j), j + 1 < n ? c(j + 1) : nullptr};
+        if (j + 1 < n)
+            E::template multiply<2, accumulate>(a, m, k, from, to);
+        else
+            E::template multiply<1, accumulate>(a, m, k, from, to);
+    }
+}
+
+// Tiles of keys or values of all heads, by rows [rows, pad] and, where asked for, transposed [pad, rows]; padded with zeros.
+template <class E> class PackedKeys {
+  public:
+    using In = typename E::In;
+
+    PackedKeys(const Problem &problem, const KeyTiles &tiles, const NsaTensor &tensor, int64_t dim, bool plain, bool transposed)
+        : tiles_(tiles), heads_(problem.at.kv_heads), size_(tiles.rows * round_up(dim, kDepth)) {
+        int64_t all = tiles.first.back() * heads_;
+        if (plain) plain_ = Buffer<In>(all * size_);
+        if (transposed) transposed_ = Buffer<In>(all * size_);
+        parallel(problem.at.threads, ceil_div(all, 8), [&] {
+            return [&, rows = Buffer<In>(size_)](int64_t task) {
+                for (int64_t i = task * 8; i < std::min(all, task * 8 + 8); i++) pack(problem, tensor, dim, i, rows);
+            };
+        });
+    }
+    const In *plain(int64_t tile, int64_t head) const { return plain_ + (tile * heads_ + head) * size_; }
+    const In *transposed(int64_t tile, int64_t head) const { return transposed_ + (tile * heads_ + head) * size_; }
+
+  private:
+    void pack(const Problem &problem, const NsaTensor &tensor, int64_t dim, int64_t i, In *scratch) {
+        int64_t tile = i / heads_, head = i % heads_, b = tiles_.sample_of(tile), pad = round_up(dim, kDepth);
+        const Sample &sample = problem.samples[b];
+        int64_t start = tiles_.start(tile - tiles_.first[b]), count = tiles_.count(tile - tiles_.first[b], sample.keys);
+        In *rows = plain_ ? plain_ + i * size_ : scratch;
+        memset(rows, 0, size_ * sizeof(In));
+        for (int64_t j = 0; j < count; j++) {
+            const void *row = row_of(tensor, problem.at.type, sample.k_start + start + j, head);
+            E::convert(problem.at.type, row, dim, false, rows + j * pad);
+        }
+        if (!transposed_) return;
+        In *to = transposed_ + i * size_;
+        for (int64_t d = 0; d < pad; d++)
+            for (int64_t j = 0; j < tiles_.rows; j++) to[d * tiles_.rows + j] = rows[j * pad + d];
+    }
+
+    const KeyTiles &tiles_;
+    int64_t heads_, size_;
+    Buffer<In> plain_, transposed_;
+};
+
+// The rows of a tile of lanes.
+struct TileRows {
+    int64_t token[kLanes], head[kLanes];
+    bool used[kLanes];
+
+    TileRows(const Chunk &chunk, const Lanes &lanes, int64_t tile) {
+        for (int64_t lane = 0; lane < kLanes; lane++) {
+            token[lane] = chunk.start + lanes.query(tile, lane);
+            head[lane] = chunk.head * lanes.group + lanes.head(tile, lane);
+            used[lane] = lanes.used(tile, lane) && token[lane] < chunk.stop;
+        }
+    }
+};
+
+// Pointers to 16 rows that an engine can read to their padding: the tensor's own where they serve, else copies.
+template <class E> class RowStage {
+  public:
+    using In = typename E::In;
+
+    explicit RowStage(int64_t pad) : pad_(pad), copies_(kLanes * pad) {}
+
+    const In *const *gather(int32_t type, const NsaTensor &tensor, int64_t dim, bool negate, const TileRows &rows) {
+        for (int lane = 0; lane < kLanes; lane++) {
+            In *copy = copies_ + lane * pad_;
+            const void *row = row_of(tensor, type, rows.token[lane], rows.head[lane]);
+            rows_[lane] = copy;
+            if (!rows.used[lane]) {
+                memset(copy, 0, pad_ * sizeof(In));
+            } else if (E::direct(type) && dim == pad_ && !negate) {
+                rows_[lane] = static_cast<const In *>(row);
+            } else {
+                E::convert(type, row, dim, negate, copy);
+                memset(copy + dim, 0, (pad_ - dim) * sizeof(In));
+            }
+        }
+        return rows_;
+    }
+
+  private:
+    int64_t pad_;
+    Buffer<In> copies_;
+    const In *rows_[kLanes];
+};
+
+// What the lanes of a tile see, and how far their softmax is.
+struct alignas(64) LaneTile {
+    int32_t first[kLanes], last[kLanes]; // keys of the sample
+    float level[kLanes];                 // logits are taken relative to this
+    float top[kLanes];                   // their maximum so far
+    float total[kLanes];                 // sum of the weights; in backward its inverse
+    float delta[kLanes];                 // of backward: grad * attention, summed
+    int32_t lowest_first, highest_first, lowest_last, highest_last;
+
+    bool sees(int64_t start, int64_t count) const { return lowest_first < start + count && highest_last > start; }
+    bool sees_all(int64_t start, int64_t rows) const { return highest_first <= start && lowest_last >= start + rows; }
+
+    template <class See> void look(const TileRows &rows, const See &see) {
+        lowest_first = lowest_last = INT32_MAX;
+        highest_first = highest_last = 0;
+        for (int lane = 0; lane < kLanes; lane++) {
+            int other = rows.used[lane] ? lane : 0; // an unused lane looks where the first does; its query is 0
+            Range range = see(rows.token[other]);
+            first[lane] = int32_t(range.first);
+            last[lane] = int32_t(range.last);
+            lowest_first = std::min(lowest_first, first[lane]);
+            highest_first = std::max(highest_first, first[lane]);
+            lowest_last = std::min(lowest_last, last[lane]);
+            highest_last = std::max(highest_last, last[lane]);
+        }
+    }
+};

@@ -1,0 +1,208 @@
+// Vectors of the instruction set that this is compiled for (NSA_WIDTH floats), conversions, and the fp32 engine.
+// No include guard: each instruction set's file includes it once, inside its namespace.
+
+typedef float vf __attribute__((vector_size(NSA_WIDTH * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(NSA_WIDTH * 4), aligned(4), may_alias));
+constexpr int kWidth = NSA_WIDTH;
+
+inline vf load(const float *from) { return *reinterpret_cast<const vf *>(from); }
+inline vi load(const int32_t *from) { return *reinterpret_cast<const vi *>(from); }
+inline void store(float *to, vf x) { *reinterpret_cast<vf *>(to) = x; }
+inline vf splat(float x) { return x - vf{}; }
+inline vi splat(int32_t x) { return x - vi{}; }
+inline vf pick(vi which, vf yes, vf no) { return which ? yes : no; }
+inline vf larger(vf x, vf y) { return x > y ? x : y; }
+inline float sum(vf x) {
+    float total = 0;
+    for (int i = 0; i < kWidth; i++) total += x[i];
+    return total;
+}
+
+// 2 to the x, to 2e-7; 0 below -126. Not for x above 127.
+inline vf exp2(vf x) {
+#if NSA_WIDTH == 16
+    vf whole = (vf)_mm512_roundscale_ps((__m512)x, 0x08);
+#else
+    vf shifted = x + 12582912.f; // 1.5 * 2^23: the integer part lands in the low bits
+    vf whole = shifted - 12582912.f;
+#endif
+    vf part = x - whole;
+    vf power = part * 1.33952e-3f + 9.61812910e-3f;
+    power = power * part + 5.55041086e-2f;
+    power = power * part + 2.40226507e-1f;
+    power = power * part + 6.93147180e-1f;
+    power = power * part + 1.0f;
+#if NSA_WIDTH == 16
+    return (vf)_mm512_mask_scalef_ps(_mm512_setzero_ps(), _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_NLT_UQ),
+                                     (__m512)power, (__m512)whole);
+#else
+    vi scaled = (vi)power + ((vi)shifted << 23);
+    return (vf)(scaled & ~(vi)(x < -126.f));
+#endif
+}
+
+// ---- conversions
+
+inline float bits_to_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+inline uint32_t float_to_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+inline float from_half(uint16_t half) {
+    uint32_t magnitude = half & 0x7fffu, sign = (half & 0x8000u) << 16;
+    uint32_t bits = float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f); // exact, subnormal halves too
+    if (magnitude >= 0x7c00u) bits |= 0x7f800000u;
+    return bits_to_float(bits | sign);
+}
+inline uint16_t to_half(float x) {
+    uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13;
+    uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u; // the sum rounds to a multiple of 2^-24
+    uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+    if (magnitude >= 0x477ff000u) half = 0x7c00u;
+    if (magnitude > 0x7f800000u) half = 0x7e00u;
+    return uint16_t(half | sign);
+}
+inline float from_bfloat(uint16_t x) { return bits_to_float(uint32_t(x) << 16); }
+inline uint16_t to_bfloat(float x) {
+    uint32_t bits = float_to_bits(x);
+    uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+    return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? bits >> 16 | 0x40u : rounded);
+}
+
+inline int64_t type_size(int32_t type) { return type == NSA_FLOAT32 ? 4 : 2; }
+
+inline void read_row(int32_t type, const void *from, int64_t count, float *to) {
+    auto half = static_cast<const uint16_t *>(from);
+    if (type == NSA_FLOAT32)
+        memcpy(to, from, count * 4);
+    else if (type == NSA_FLOAT16)
+        for (int64_t i = 0; i < count; i++) to[i] = from_half(half[i]);
+    else
+        for (int64_t i = 0; i < count; i++) to[i] = from_bfloat(half[i]);
+}
+
+inline void write_row(int32_t type, const float *from, int64_t count, void *to) {
+    auto half = static_cast<uint16_t *>(to);
+    if (type == NSA_FLOAT32)
+        memcpy(to, from, count * 4);
+    else if (type == NSA_FLOAT16)
+        for (int64_t i = 0; i < count; i++) half[i] = to_half(from[i]);
+    else
+        for (int64_t i = 0; i < count; i++) half[i] = to_bfloat(from[i]);
+}
+
+inline const void *row_of(const NsaTensor &tensor, int32_t type, int64_t token, int64_t head) {
+    int64_t element = token * tensor.token_stride + head * tensor.head_stride;
+    return static_cast<const char *>(tensor.data) + element * type_size(type);
+}
+inline void *row_of(void *contiguous, int32_t type, int64_t row, int64_t dim) {
+    return static_cast<char *>(contiguous) + row * dim * type_size(type);
+}
+
+// ---- 16 x 16 transposition of 4-byte elements
+
+template <class T> inline void transpose(const T *const *rows, int64_t offset, T *to, int64_t to_stride) {
+#if NSA_WIDTH == 16
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i] + offset);
+    for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+        _mm512_storeu_si512(to + (i + 8) * to_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    }
+#else
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) to[i * to_stride + j] = rows[j][offset + i];
+#endif
+}
+
+inline void transpose_panel(const float *panel, float *to, int64_t to_stride) { // [16][16] rows of a panel
+    const float *rows[16];
+    for (int i = 0; i < 16; i++) rows[i] = panel + i * kLanes;
+    transpose(rows, 0, to, to_stride);
+}
+
+// ---- the fp32 engine
+//
+// An engine multiplies C[j] += A * B[j]: A is [m, k] by rows, and each panel j of 16 columns has B[j] of k rows and C[j] of m rows.
+// `In` is what it multiplies; how B lies in memory is the engine's, m is a multiple of 16 and k of 32.
+
+struct Simd {
+    using In = float;
+    struct Session {}; // what a thread needs while it multiplies
+
+    static bool direct(int32_t type) { return type == NSA_FLOAT32; }
+    static void convert(int32_t type, const void *from, int64_t count, bool negate, In *to) {
+        read_row(type, from, count, to);
+        if (negate)
+            for (int64_t i = 0; i < count; i++) to[i] = -to[i];
+    }
+    // B of one panel from its 16 columns, each of k.
+    static void pack_columns(const In *const *columns, int64_t k, In *to) {
+        for (int64_t i = 0; i < k; i += 16) transpose(columns, i, to + i * kLanes, kLanes);
+    }
+    // B of dim / 16 panels, `panel` elements apart, from 16 of their rows.
+    static void pack_rows(const In *const *rows, int64_t dim, In *to, int64_t panel) {
+        for (int64_t j = 0; j < dim / 16; j++)
+            for (int i = 0; i < 16; i++) memcpy(to + j * panel + i * kLanes, rows[i] + j * 16, 64);
+    }
+    // Rows i and i + 1 (i even) of a panel's B, at a lane.
+    static void put_pair(In *panel, int64_t i, int lane, vf x, vf y) {
+        store(panel + i * kLanes + lane, x);
+        store(panel + (i + 1) * kLanes + lane, y);
+    }
+    // 32 lanes of a row of A, at a lane of the first 16.
+    static void put_row(In *row, int lane, vf x, vf y) {
+        store(row + lane, x);
+        store(row + kLanes + lane, y);
+    }
+
+    template <int panels, bool accumulate>
+    static void multiply(const In *a, int64_t m, int64_t k, const In *const *b, float *const *c) {
+#if NSA_WIDTH == 16
+        for (int64_t i = 0; i < m; i += 8) block<8, panels, accumulate>(a + i * k, k, b, c, i);
+#else
+        for (int j = 0; j < panels; j++)
+            for (int64_t i = 0; i < m; i += 4) block<4, 1, accumulate>(a + i * k, k, b + j, c + j, i);
+#endif
+    }
+
+  private:
+    template <int height, int panels, bool accumulate>
+    static void block(const In *a, int64_t k, const In *const *b, float *const *c, int64_t row) {
+        constexpr int in_panel = kLanes / kWidth, wide = panels * in_panel;
+        vf total[height][wide];
+        for (int r = 0; r < height; r++)
+            for (int n = 0; n < wide; n++)
+                total[r][n] = accumulate ? load(c[n / in_panel] + (row + r) * kLanes + n % in_panel * kWidth) : vf{};
+        for (int64_t i = 0; i < k; i++) {
+            vf column[wide];
+            for (int n = 0; n < wide; n++) column[n] = load(b[n / in_panel] + i * kLanes + n % in_panel * kWidth);
+            for (int r = 0; r < height; r++)
+                for (int n = 0; n < wide; n++) total[r][n] += splat(a[r * k + i]) * column[n];
+        }
+        for (int r = 0; r < height; r++)
+            for (int n = 0; n < wide; n++) store(c[n / in_panel] + (row + r) * kLanes + n % in_panel * kWidth, total[r][n]);
+    }
+};
