@@ -84,7 +84,10 @@ def test_a_dry_run_of_the_builtin_trainer_asks_for_no_host(launch, tmp_path, mon
             ["megatron.flas=true"],
             "megatron.flas: neither Megatron-LM nor MindSpeed here has that argument",
         ),
-        (["--trainer", "builtin", "model.num_experts=4"], "model.num_experts: 4; the trainer here has no experts"),
+        (
+            ["parallel.context_parallel_size=2", "parallel.cp_comm_type=a2a"],
+            "parallel.context_parallel_size: 2; the trainer here splits sequences, a MindSpeed job with NSA does not",
+        ),
         (["model.num_experts=4", "parallel.expert_model_parallel_size=2"], "2 * expert_tensor_parallel_size 1 does not divide"),
     ],
 )

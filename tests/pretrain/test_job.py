@@ -71,7 +71,22 @@ def test_defaults_follow_from_other_keys(read):
         ("model.num_experts=4 parallel.expert_model_parallel_size=3", "expert_model_parallel_size: 3 does not divide num_ex"),
         ("parallel.expert_model_parallel_size=2", "parallel.expert_model_parallel_size: it and expert_tensor_parallel_size"),
         ("parallel.expert_tensor_parallel_size=1", "parallel.expert_model_parallel_size: it and expert_tensor_parallel_size"),
-        ("model.num_experts=4", "model.num_experts: 4; the trainer here has no experts; `mindspeed-nsa launch` gives"),
+        (
+            "parallel.context_parallel_size=2 parallel.cp_comm_type=all_gather model.seq_length=1538",
+            "model.seq_length: 1538 is not a multiple of 4: two pieces a context-parallel rank",
+        ),
+        (
+            "parallel.context_parallel_size=2 parallel.cp_comm_type=a2a nsa.layers=1::2",
+            "parallel.context_parallel_size: 2; dense layers need whole sequences",
+        ),
+        (
+            "parallel.context_parallel_size=16 parallel.cp_comm_type=a2a",
+            "num_attention_heads 8 is not a multiple of context_parallel_size 16; all_gather takes any",
+        ),
+        (
+            "parallel.num_layers_per_virtual_pipeline_stage=1",
+            "parallel.num_layers_per_virtual_pipeline_stage: 1 does not part the layers",
+        ),
         ("nsa.select_block_size=32", "nsa.select_block_size: 32 cannot run on the Ascend operators"),
     ],
 )
