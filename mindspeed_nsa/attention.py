@@ -105,7 +105,7 @@ class NativeSparseAttention(nn.Module):
         """The compressed branch [T, N1, D2], and the blocks for the selected one [T, N2, select_block_count]."""
         key = self.compress_key(key, samples, backend)
         value = self.compress_value(value, samples, backend)
-        at = self._settings(samples, backend, query.device)
+        at = self.settings(samples, backend, query.device)
         together = self.score_group is not None
         here = at._replace(select_block_count=0) if together else at
         attention, ids, row_max, row_sum = library.compress_attention(query, key, value, None, None, *here, backend)
@@ -116,7 +116,8 @@ class NativeSparseAttention(nn.Module):
             self.statistics |= selection.statistics(ids, at, samples)
         return attention, ids
 
-    def _settings(self, samples: Samples, backend: str, device: torch.device) -> Compressed:
+    def settings(self, samples: Samples, backend: str, device: torch.device) -> Compressed:
+        """What the compressed branch is called with."""
         config = self.config
         own_block = config.select_own_block
         if own_block == "auto":
