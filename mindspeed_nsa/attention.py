@@ -92,7 +92,7 @@ class NativeSparseAttention(nn.Module):
         sizes = [part.q_len[-1] for part in parts]
         self._check_inputs(query, keys, values, gate, sum(sizes), tokens)
         backend = resolve(self.config.backend)
-        settings = [self._settings(part, backend, query.device) for part in parts]
+        settings = [self.settings(part, backend, query.device) for part in parts]
         pooled = self.compress_key(keys[0], samples, backend), self.compress_value(values[0], samples, backend)
         branches = (pooled, (keys[1], values[1]), (keys[2], values[2]))
         done = [
@@ -130,7 +130,8 @@ class NativeSparseAttention(nn.Module):
             ids = selection.choose_together(query, key, row_max, row_sum, at, self.score_group, backend)
         return attention, selection.in_order(ids)
 
-    def _settings(self, part: Part, backend: str, device: torch.device) -> Compressed:
+    def settings(self, part: Part, backend: str, device: torch.device) -> Compressed:
+        """What the compressed branch is called with."""
         config = self.config
         own_block = config.select_own_block
         if own_block == "auto":

@@ -92,6 +92,32 @@ _Trainer = Annotated[
 
 
 @app.command()
+def bench(
+    output: Annotated[Path, typer.Option(help="The folder for bench.md, bench.json and the pictures.")],
+    length: Annotated[
+        list[int] | None, typer.Option(min=1024, help="Tokens; may be repeated. [1024, doubled up to 65536]")
+    ] = None,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="May be repeated. [1, and 2]")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    budget: Annotated[float, typer.Option(help="Seconds for one call of another; longer ones are carried by T^2.")] = 20.0,
+) -> None:
+    """Time Native Sparse Attention on this CPU, against what else a person could run here."""
+    import torch
+
+    from mindspeed_nsa.bench import report, runner
+    from mindspeed_nsa.ops import backends
+
+    types = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype not in types:
+        raise ValueError(f"bench: dtype is {dtype!r}; allowed: {', '.join(types)}")
+    backends.load("cpu", "cpu")
+    lengths = sorted(length or [1024 << i for i in range(7)])
+    result = runner.run(lengths, threads or [1, 2], types[dtype], budget, lambda text: print(text, file=sys.stderr))
+    for path in report.write(result, output):
+        print(path)
+
+
+@app.command()
 def doctor(
     overrides: _Overrides = None,
     *,

@@ -1,1 +1,1 @@
-"""What the operators cost, against what else a person could run."""
+"""What Native Sparse Attention costs on a CPU, against what else a person could run there: `mindspeed-nsa bench`."""

@@ -103,6 +103,11 @@ def isa() -> str:
     return str(_library.nsa_isa().decode())
 
 
+def peak(tiles: bool) -> float:
+    """The floating point operations a second of the calling thread: in bfloat16 tiles, if there are, or float32."""
+    return float(_library.nsa_peak(tiles))
+
+
 def isas() -> list[str]:
     """The instruction sets that this build and this processor have, best last."""
     return list(_library.nsa_isas().decode().split())
@@ -126,6 +131,7 @@ def load(path: Path) -> ctypes.CDLL:
     for name, argument_types in _FUNCTIONS.items():
         function = getattr(library, f"nsa_{name}")
         function.argtypes, function.restype = argument_types, c_int32
+    library.nsa_peak.argtypes, library.nsa_peak.restype = (c_int32,), c_double
     library.nsa_isa.restype = library.nsa_isas.restype = c_char_p
     if library.nsa_isa() is None:
         allowed = library.nsa_isas().decode().replace(" ", ", ")
