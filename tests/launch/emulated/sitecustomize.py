@@ -1,4 +1,4 @@
-"""Every Python of a launch runs over the emulated CANN, ranks included; pybind11's is asked for flags and may print nothing else."""
+"""Every Python of a launch runs over the emulated CANN, ranks included; that of pybind11 may print nothing but its flags."""
 
 import sys
 
