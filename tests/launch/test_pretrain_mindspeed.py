@@ -51,8 +51,8 @@ def test_a_job_file_trains_under_mindspeed(environment, tmp_path):
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     losses = [float(loss) for loss in re.findall(r"lm loss: (\S+)", done.stdout)]
-    # Three batches, before anything is learned: 10.97, 10.87 and 10.99 were seen.
-    assert losses == pytest.approx([10.97, 10.87, 10.99], abs=0.05)
+    # Before anything is learned large weights give about 11; 5.9 would be blind guesses.
+    assert losses == pytest.approx([11.0] * 3, abs=0.5)
     log = (tmp_path / "run" / "logs" / "node-0.log").read_text()
     assert log in done.stdout and "lm loss" in log
     # NSA is in both layers: it writes of each.
