@@ -1,13 +1,13 @@
 """The flags as Megatron-LM, MindSpeed and the feature read them: the values of the file, and the model of the trainer here."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import hosts_needed
 import pytest
 import torch
 from emulated_cann import build
@@ -20,17 +20,7 @@ pytest.importorskip("megatron.core")
 
 from mindspeed_nsa.patches import cpu_host
 
-WHY_NOT = build.why_not(build.torch_npu_path())
-ABSENT = [name for name in ("six", "einops", "scipy", "regex", "transformers") if importlib.util.find_spec(name) is None]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not (os.environ.get("MEGATRON_LM_PATH") and os.environ.get("MINDSPEED_PATH")),
-        reason="needs MEGATRON_LM_PATH and MINDSPEED_PATH",
-    ),
-    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
-    pytest.mark.skipif(bool(ABSENT), reason=f"MindSpeed and Megatron-LM need {', '.join(ABSENT)}"),
-]
+pytestmark = hosts_needed.marks
 
 TINY = ROOT / "configs" / "tiny.yaml"
 HALF = "training.bf16=true"  # as the chip needs it
