@@ -23,8 +23,7 @@ SP = TP2 | {"sequence-parallel": True}
 OF_QUERY = {"nsa-gate": "query", "nsa-separate-kv": "false"}
 MLA = {
     **{"multi-latent-attention": True, "kv-lora-rank": 32, "qk-head-dim": 16, "qk-pos-emb-head-dim": 16, "v-head-dim": 16},
-    **{"rope-type": "rope", "qk-layernorm": True},
-    **OF_QUERY,
+    **{"qk-layernorm": True} | OF_QUERY,
 }
 MOE = {"num-experts": 4, "moe-router-topk": 2, "moe-ffn-hidden-size": 64, "moe-token-dispatcher-type": "alltoall"}
 # Each layer, micro-batch and step: pooling of keys and of values, compressed, selected, window.
