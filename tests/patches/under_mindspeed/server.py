@@ -64,7 +64,8 @@ def run(request: dict, rank: int) -> int:
 
 def cores() -> dict[int, str]:
     """The class of each layer's attention core, by layer number counted from 0."""
-    layers = [x for x in gc.get_objects() if isinstance(x, torch.nn.Module) and "core_attention" in vars(x).get("_modules", {})]
+    modules = [x for x in gc.get_objects() if issubclass(type(x), torch.nn.Module)]
+    layers = [module for module in modules if "core_attention" in vars(module).get("_modules", {})]
     return {layer.layer_number - 1: type(layer.core_attention).__name__ for layer in layers}
 
 

@@ -64,7 +64,9 @@ for target, patch in sorted(patches.patches_info.items()):
 
 def test_joining_too_late_is_refused(run_script):
     said = "mindspeed.megatron_adaptor was imported before mindspeed_nsa.megatron_adaptor"
-    fails(run_script, "import mindspeed.megatron_adaptor\nimport mindspeed_nsa.megatron_adaptor", said, *ON)
+    fails(
+        run_script, "import mindspeed.megatron_adaptor\nimport mindspeed_nsa.megatron_adaptor", said, "--nsa-config", "nsa.yaml"
+    )
 
 
 def test_a_feature_that_was_not_patched_in_refuses_the_job(run_script):
