@@ -251,7 +251,7 @@ def read_settings(args: Any) -> NSAConfig | None:
     try:
         return NSAConfig(**settings | {name: value for name, value in given.items() if name not in _OF_JOB})
     except ValueError as error:
-        raise ValueError(f"--nsa-config: nsa.{error}") from None
+        raise ValueError(f"nsa.{error}") from None
 
 
 def check_job(nsa: NSAConfig, args: Any) -> None:
@@ -306,9 +306,10 @@ def _key_value_heads(args: Any) -> int:
 
 def _value(text: str) -> Any:
     try:
-        return parse_yaml(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         raise ArgumentTypeError(f"{text!r} is not YAML") from None
+    return text if isinstance(value, dict) else value  # such as the slice `1:`, which YAML takes for a mapping
 
 
 def _flag(name: str) -> str:
