@@ -7,7 +7,7 @@ s: sequence, b: batch, n: query heads of this rank, g: key/value groups of this 
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cache
 from typing import Any
 
@@ -468,7 +468,7 @@ def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def check_swapped(model: nn.Module | Iterable[nn.Module], numbers: Iterable[int]) -> None:
+def check_swapped(model: nn.Module | Iterable[nn.Module], numbers: Collection[int]) -> None:
     """Check a model that a host has built: its layers have NSA where they should, and nowhere else.
 
     Args:

@@ -1,4 +1,4 @@
-"""Native Sparse Attention as a feature of MindSpeed: a job's flags, what they are checked against, and four patches.
+"""Native Sparse Attention as a feature of MindSpeed: a job's flags, what they are checked against, and five patches.
 
 A feature joins before MindSpeed's adaptor is imported, because that import applies every patch: `join` first, then the adaptor.
 `mindspeed_nsa.megatron_adaptor` does both. The patches are wrappers around functions of Megatron-LM, which MindSpeed stacks on
@@ -270,7 +270,8 @@ def check_job(nsa: NSAConfig, args: Any) -> None:
         check_latent(nsa)
     if uses_ascend(nsa) and not (getattr(args, "bf16", False) or getattr(args, "fp16", False)):
         raise ValueError("float32 does not go with NSA on an NPU, whose operators take half types; add --bf16")
-    nsa.nsa_layers(int(args.num_layers))
+    if hasattr(args, "num_layers"):
+        nsa.nsa_layers(int(args.num_layers))
 
 
 # When an argument is refused, and why.
