@@ -371,7 +371,7 @@ class NSACore(MegatronModule):
         gate = self._gate(query) if attention_bias is None else _pack(attention_bias).view(*query.shape[:2], len(BRANCHES))
         ends = _prefix_sums(packed_seq_params) if packed_seq_params else [length * (i + 1) for i in range(batch)]
         out = self._attend(query, self._branches(key), self._branches(value), gate, ends)
-        return out if packed else out.view(batch, length, -1).transpose(0, 1).contiguous()
+        return out if packed else out.reshape(batch, length, -1).transpose(0, 1).contiguous()
 
     def _gate(self, query: Tensor) -> Tensor:
         assert self.gate_weight is not None and self.gate_bias is not None
