@@ -141,7 +141,7 @@ def test_without_the_flag_nothing_changes(run_job):
         (GQA | {"nsa-layers": "[5]"}, "layers: [5] names none, or too many, of the layers 0 to 1"),
         (GQA | {"nsa-window-size": "wide"}, "nsa.window_size: input should be a valid integer, given 'wide'"),
         (GQA | {"nsa-config": "absent.yaml"}, "absent.yaml: no such file or directory"),
-        (GQA | {"experimental-attention-variant": None, "nsa-window-size": 64}, "--nsa-backend: NSA is not turned on"),
+        (GQA | {"experimental-attention-variant": None, "nsa-window-size": 64}, "--nsa-window-size: NSA is not turned on"),
         (
             {k: v for k, v in MLA.items() if k not in OF_QUERY},
             "multi-latent attention hands its core query, key and value only",
