@@ -8,7 +8,7 @@ this rank, d: head dim, T = s * b.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -496,7 +496,7 @@ def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def check_swapped(model: nn.Module | Iterable[nn.Module], numbers: Iterable[int]) -> None:
+def check_swapped(model: nn.Module | Iterable[nn.Module], numbers: Collection[int]) -> None:
     """Check a model that a host has built: its layers have NSA where they should, and nowhere else.
 
     Args:

@@ -1,4 +1,4 @@
-"""Native Sparse Attention as a feature of MindSpeed: a job's flags, what they are checked against, and four patches.
+"""Native Sparse Attention as a feature of MindSpeed: a job's flags, what they are checked against, and five patches.
 
 A feature joins before MindSpeed's adaptor is imported, because that import applies every patch: `join` first, then the adaptor.
 `mindspeed_nsa.megatron_adaptor` does both. The patches are wrappers around functions of Megatron-LM, which MindSpeed stacks on
@@ -251,7 +251,7 @@ def read_settings(args: Any) -> NSAConfig | None:
     try:
         return NSAConfig(**settings | {name: value for name, value in given.items() if name not in _OF_JOB})
     except ValueError as error:
-        raise ValueError(f"--nsa-config: nsa.{error}") from None
+        raise ValueError(f"nsa.{error}") from None
 
 
 def check_job(nsa: NSAConfig, args: Any) -> None:
@@ -270,7 +270,8 @@ def check_job(nsa: NSAConfig, args: Any) -> None:
         check_latent(nsa)
     if uses_ascend(nsa) and not (getattr(args, "bf16", False) or getattr(args, "fp16", False)):
         raise ValueError("float32 does not go with NSA on an NPU, whose operators take half types; add --bf16")
-    nsa.nsa_layers(int(args.num_layers))
+    if hasattr(args, "num_layers"):
+        nsa.nsa_layers(int(args.num_layers))
 
 
 # When an argument is refused, and why.
@@ -306,9 +307,10 @@ def _key_value_heads(args: Any) -> int:
 
 def _value(text: str) -> Any:
     try:
-        return parse_yaml(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         raise ArgumentTypeError(f"{text!r} is not YAML") from None
+    return text if isinstance(value, dict) else value  # such as the slice `1:`, which YAML takes for a mapping
 
 
 def _flag(name: str) -> str:

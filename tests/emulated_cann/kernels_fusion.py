@@ -105,8 +105,8 @@ def _packed(args: SimpleNamespace, others: tuple[str, ...]) -> SimpleNamespace:
     heads = {"key": kv_heads, "value": kv_heads, "key_grad": kv_heads, "value_grad": kv_heads}
     packed = SimpleNamespace(**vars(args))
     for name in ("query", "key", "value", *others):
-        tensor = getattr(args, name).transpose(0, 1).flatten(0, 1)
-        setattr(packed, name, tensor.unflatten(1, (heads.get(name, args.head_num), -1)).contiguous())
+        tensor = getattr(args, name).transpose(0, 1).flatten(0, 1).unflatten(1, (heads.get(name, args.head_num), -1))
+        setattr(packed, name, tensor.clone(memory_format=torch.contiguous_format))
     for name in ("softmax_max", "softmax_sum"):
         setattr(packed, name, getattr(args, name).view(batch * length, args.head_num, 8))
     packed.layout = "TND"

@@ -120,15 +120,16 @@ def test_backward_traps_a_row_with_everything_masked():
         backward(out, zeros(8), softmax_sum=statistics(zeros(9))["softmax_sum"])
 
 
-def test_a_batch_of_equal_sequences_is_packed_samples():
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_batch_of_equal_sequences_is_packed_samples(batch):
     """SBH against TND: the same attention, statistics and gradients, moved to where each layout has them."""
-    length, batch, heads, kv_heads, dim = 40, 2, 4, 2, 16
+    length, heads, kv_heads, dim = 40, 4, 2, 16
     query, key, value, grad = (torch.randn(length, batch, n * dim) for n in (heads, kv_heads, kv_heads, heads))
 
     def packed(tensor):
         return tensor.transpose(0, 1).reshape(batch * length, -1, dim)
 
-    ends = [length, 2 * length]
+    ends = [length * (b + 1) for b in range(batch)]
     expected = forward(packed(query), packed(key), packed(value), ends, ends, 2)
     expected_grads = backward(expected, packed(grad))
     given = {"query": query, "key": key, "value": value, "atten_mask": TRIANGLE, "head_num": heads, "scale": 0.1}

@@ -123,6 +123,22 @@ def test_packed_samples_are_as_they_are_alone():
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-4 * together.abs().max().item())
 
 
+def test_bounds_of_packed_samples_may_begin_with_the_first_end():
+    """As MindSpeed hands them over."""
+    core = self_attention().core_attention
+    shapes = [(LENGTH, heads, core.attention.qk_head_dim) for heads in (core.attention.head_num, core.split.kv_head_num * 3)]
+    query, key = (torch.randn(shape) for shape in shapes)
+    gate = torch.randn(LENGTH, 1, core.attention.head_num * 3)
+    found = []
+    for bounds in ([0, 700, LENGTH], [700, LENGTH]):
+        packed = PackedSeqParams(cu_seqlens_q=torch.tensor(bounds), cu_seqlens_kv=torch.tensor(bounds))
+        found.append(core(query, key, key.clone(), None, attention_bias=gate, packed_seq_params=packed))
+    assert found[0].shape == (LENGTH, core.attention.head_num, core.attention.v_head_dim)
+    assert torch.equal(*found)
+    whole = PackedSeqParams(cu_seqlens_q=torch.tensor([LENGTH]))
+    assert not torch.equal(found[0], core(query, key, key, None, attention_bias=gate, packed_seq_params=whole))
+
+
 @pytest.mark.parametrize("gate", ["hidden", "query"])
 def test_selective_recompute_changes_no_bit(gate):
     results = []

@@ -7,6 +7,7 @@ A rank leaves in the folder its output as `rank0.txt`, and as `rank0.json` the c
 
 import contextlib
 import gc
+import importlib
 import inspect
 import json
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint.filesystem
 import torch.utils.tensorboard
+import torch_npu
 from emulated_cann import device
 from mindspeed.features_manager import features_manager  # noqa: F401  parses no argument yet
 from torch_npu.contrib import transfer_to_npu  # noqa: F401  as the adaptor does first
@@ -30,6 +32,12 @@ with contextlib.suppress(ImportError):
 filesystem = torch.distributed.checkpoint.filesystem
 if "serialization_format" in inspect.signature(filesystem._write_item).parameters:
     filesystem._write_item.__defaults__ = (filesystem.SerializationFormat.TORCH_SAVE,)
+
+# MindSpeed compiles its fused rotary embedding against CANN; a stand-in by the operator that torch_npu has for the same.
+rotary = importlib.import_module("mindspeed.ops.npu_rotary_position_embedding")
+rotary.npu_rotary_position_embedding = lambda x, cos, sin, mode=0: torch_npu.npu_rotary_mul(
+    x, cos, sin, "interleave" if mode else "half"
+)
 
 
 def run(request: dict, rank: int) -> int:
@@ -56,7 +64,8 @@ def run(request: dict, rank: int) -> int:
 
 def cores() -> dict[int, str]:
     """The class of each layer's attention core, by layer number counted from 0."""
-    layers = [x for x in gc.get_objects() if isinstance(x, torch.nn.Module) and "core_attention" in vars(x).get("_modules", {})]
+    modules = [x for x in gc.get_objects() if issubclass(type(x), torch.nn.Module)]
+    layers = [module for module in modules if "core_attention" in vars(module).get("_modules", {})]
     return {layer.layer_number - 1: type(layer.core_attention).__name__ for layer in layers}
 
 

@@ -64,7 +64,9 @@ for target, patch in sorted(patches.patches_info.items()):
 
 def test_joining_too_late_is_refused(run_script):
     said = "mindspeed.megatron_adaptor was imported before mindspeed_nsa.megatron_adaptor"
-    fails(run_script, "import mindspeed.megatron_adaptor\nimport mindspeed_nsa.megatron_adaptor", said, *ON)
+    fails(
+        run_script, "import mindspeed.megatron_adaptor\nimport mindspeed_nsa.megatron_adaptor", said, "--nsa-config", "nsa.yaml"
+    )
 
 
 def test_a_feature_that_was_not_patched_in_refuses_the_job(run_script):
@@ -162,10 +164,10 @@ parser = argparse.ArgumentParser()
 NSAFeature().register_args(parser)
 flags = {action.dest for action in parser._actions}
 assert {f"nsa_{name}" for name in NSAConfig.model_fields} | {"nsa_config", "nsa_v_head_dim"} == flags - {"help"}
-given = "--nsa-layers 1::2 --nsa-window-size 128 --nsa-separate-kv false --nsa-select-own-block true".split()
+given = "--nsa-layers 1: --nsa-window-size 128 --nsa-separate-kv false --nsa-select-own-block true".split()
 args = parser.parse_args(given)
 args.experimental_attention_variant = "nsa"
-expected = NSAConfig(layers="1::2", window_size=128, separate_kv=False, select_own_block=True)
+expected = NSAConfig(layers="1:", window_size=128, separate_kv=False, select_own_block=True)
 assert read_settings(args) == expected, read_settings(args)
 assert read_settings(argparse.Namespace()) is None
 """
