@@ -3,7 +3,7 @@
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -84,16 +84,48 @@ def plot(
     print(output)
 
 
+_Overrides = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="In place of the file's.")]
+_Trainer = Annotated[
+    Literal["mindspeed", "builtin"],
+    typer.Option(help="Megatron-LM's pretrain_gpt under MindSpeed, or this project's own."),
+]
+
+
 @app.command()
 def doctor(
+    overrides: _Overrides = None,
+    *,
     config: Annotated[Path | None, typer.Option(help="A job file, to say whether it can run here and on the chip.")] = None,
+    trainer: _Trainer = "builtin",
 ) -> int:
     """Say what this machine has, and what to do where something is amiss; exit code 1 if it or the job cannot run."""
     from mindspeed_nsa.doctor import FAULT, draw, examine
 
-    rows = examine(config)
+    rows = examine(config, overrides or (), trainer)
     draw(rows)
     return int(rows[-1].status == FAULT)
+
+
+@app.command()
+def launch(
+    overrides: _Overrides = None,
+    *,
+    config: Annotated[Path, typer.Option(help="The job file.")],
+    trainer: _Trainer = "mindspeed",
+    nproc_per_node: Annotated[int, typer.Option(envvar="NPUS_PER_NODE", min=1, help="Ranks a node.")] = 1,
+    nnodes: Annotated[int | None, typer.Option(envvar="NNODES", min=1, help="Nodes; else of HOSTFILE, SLURM, or 1.")] = None,
+    node_rank: Annotated[int | None, typer.Option(envvar="NODE_RANK", min=0, help="This node's number, from 0.")] = None,
+    master_addr: Annotated[str | None, typer.Option(envvar="MASTER_ADDR", help="Name or address of node 0.")] = None,
+    master_port: Annotated[int, typer.Option(envvar="MASTER_PORT", min=1, max=65535, help="A free port there.")] = 6000,
+    hostfile: Annotated[Path | None, typer.Option(envvar="HOSTFILE", help="A file of hosts, one a line.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what each node would run, and start nothing.")] = False,
+) -> int:
+    """Start a job on this node by torchrun, once the doctor finds every node fit; run it on each node."""
+    from mindspeed_nsa.launch.nodes import find_nodes
+    from mindspeed_nsa.launch.run import Launch, run
+
+    nodes = find_nodes(nnodes, node_rank, master_addr, master_port, hostfile, dry_run=dry_run)
+    return run(Launch(config, overrides or [], trainer, nodes, nproc_per_node), dry_run=dry_run)
 
 
 if __name__ == "__main__":

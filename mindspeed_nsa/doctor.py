@@ -2,20 +2,22 @@
 
 import importlib
 import importlib.util
+import math
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from . import autoload
-from .config import read_yaml
 from .heads import HeadSplit, split_heads
+from .launch import hosts
+from .memory import mask_bytes
 from .ops import backends, schemas
 from .ops.contract import SELECT_DIMS
-from .ops.reference import window_count
 from .pretrain.job import Job
 
 OK, NOTE, FAULT = "ok", "note", "FAULT"
@@ -47,11 +49,13 @@ class Row(NamedTuple):
     advice: str = ""
 
 
-def examine(config: Path | None = None) -> list[Row]:
+def examine(config: Path | None = None, overrides: Iterable[str] = (), trainer: str = "builtin") -> list[Row]:
     """Look at the machine, and at a job on it.
 
     Args:
         config: a job file. None judges the machine: one that has a torch_npu is meant to use a chip.
+        overrides: `section.key=value` each, in place of the file's.
+        trainer: what is to run the job: `builtin`, this project's, or `mindspeed`, Megatron-LM under MindSpeed.
 
     Returns:
         The findings. The last is the verdict, a `FAULT` if there is any other.
@@ -59,13 +63,13 @@ def examine(config: Path | None = None) -> list[Row]:
     Raises:
         ValueError: the job file is wrong; one line that names it.
     """
-    job = None if config is None else _read_job(config)
+    job = None if config is None else Job.read(config, overrides)
     npu = _torch_npu()
     devices = _devices() if npu == "loaded" else []
     if job is None:
         needed, used = npu in ("broken", "loaded"), bool(devices)
     else:
-        needed = job.nsa.enabled and job.nsa.backend == "ascend"
+        needed = trainer == "mindspeed" or (job.nsa.enabled and job.nsa.backend == "ascend")
         used = job.nsa.enabled and job.nsa.backend in ("auto", "ascend") and bool(devices)
     severity = FAULT if needed or used else NOTE
     rows = _machine(npu, devices, severity)
@@ -74,17 +78,8 @@ def examine(config: Path | None = None) -> list[Row]:
     if used:
         rows += _probe(job)
     if job is not None:
-        rows += _job(job, bool(devices), severity)
+        rows += _job(job, trainer, bool(devices), severity)
     return [*rows, _verdict(rows, job, bool(devices))]
-
-
-def _read_job(config: Path) -> Job:
-    content = read_yaml(config)
-    # Not Job.from_file, which counts the ranks that were started: none were.
-    try:
-        return Job(**content)
-    except ValueError as error:
-        raise ValueError(f"{config}: {error}") from None
 
 
 # ---- the machine
@@ -205,8 +200,8 @@ def _probe(job: Job | None) -> list[Row]:
 # ---- the job
 
 
-def _job(job: Job, has_npu: bool, severity: str) -> list[Row]:
-    rows = [_launch(job), _data(job)]
+def _job(job: Job, trainer: str, has_npu: bool, severity: str) -> list[Row]:
+    rows = [_launch(job, trainer), _data(job)]
     if not job.nsa.enabled:
         return [*rows, Row("job", "nsa", NOTE, "off: attention is dense, and no operator of this project runs")]
     rows.append(_backend(job, has_npu))
@@ -214,10 +209,20 @@ def _job(job: Job, has_npu: bool, severity: str) -> list[Row]:
     return [*rows, _tokens(job, severity), *_ragged(job), _masks(job)]
 
 
-def _launch(job: Job) -> Row:
-    ranks = job.parallel.tensor_model_parallel_size * job.parallel.pipeline_model_parallel_size
+def _launch(job: Job, trainer: str) -> Row:
+    parallel = job.parallel
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if job.model.num_experts is not None:
+        expert_tensor = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+        experts = parallel.pipeline_model_parallel_size * parallel.expert_model_parallel_size * expert_tensor
+        ranks = math.lcm(ranks, experts)
     try:
-        job.check_layout(ranks)
+        if trainer == "mindspeed":
+            hosts.mindspeed()
+            job.check_layout(ranks, hosts.megatron_version())
+        else:
+            job.check_trainer()
+            job.check_layout(ranks)
     except ValueError as error:
         return Row("job", "launch", FAULT, str(error))
     return Row("job", "launch", OK, "any number of ranks" if ranks == 1 else f"{ranks} ranks, or a multiple of that")
@@ -253,7 +258,7 @@ def _type(job: Job, severity: str) -> Row:
 
 
 def _dims(job: Job, severity: str) -> Row:
-    key, value = job.model.head_width, _value_width(job)
+    key, value = job.model.head_width, job.model.value_width
     found, most = f"{key} (query, key) and {value} (value)", f"{SELECT_DIMS[0]} and {SELECT_DIMS[1]}"
     if key > SELECT_DIMS[0] or value > SELECT_DIMS[1]:
         return Row(
@@ -263,10 +268,6 @@ def _dims(job: Job, severity: str) -> Row:
         return Row("job", "head dims", OK, found)
     waste = sum(SELECT_DIMS) / (key + value)
     return Row("job", "head dims", NOTE, f"{found}: widened with zeros to {most} on the chip, {waste:.1f} times the work")
-
-
-def _value_width(job: Job) -> int:
-    return job.model.v_head_dim or (128 if job.model.multi_latent_attention else job.model.head_width)
 
 
 def _heads(job: Job) -> HeadSplit:
@@ -340,9 +341,7 @@ def _ragged(job: Job) -> list[Row]:
 
 
 def _masks(job: Job) -> Row:
-    nsa, length = job.nsa, job.model.seq_length
-    windows = window_count(length, nsa.compress_block_size, nsa.compress_stride)
-    size = length * (windows + -(-length // nsa.select_block_size))
+    size = mask_bytes(job.nsa, job.model.seq_length)
     return Row("job", "masks", OK, f"{size / 2**20:,.1f} MiB on the chip a rank, one set for all layers")
 
 

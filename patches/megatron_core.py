@@ -15,6 +15,7 @@ import torch
 import torch.distributed
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -33,6 +34,8 @@ from mindspeed_nsa.heads import split_heads
 _DENSE_BRANCH = BRANCHES.index("select")
 # Parameters with an axis of key/value heads; the others are shared by all heads.
 _HEAD_AXIS = {"weight": 1, "position": 1, "gate_weight": 0, "gate_bias": 0}
+# Where the norm of a layer's input is in sharded checkpoints of layers that fuse it with `linear_qkv`.
+_NORM_INSIDE = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
 
 def with_nsa(
@@ -65,20 +68,51 @@ def with_nsa(
 def _nsa_layer(layer: ModuleSpec, nsa: NSAConfig, v_head_dim: int | None) -> ModuleSpec:
     attention = layer.submodules.self_attention
     if attention.module is SelfAttention:
+        layer = _with_own_norm(layer)
+        attention = layer.submodules.self_attention
         params = attention.params | {"nsa": nsa, "v_head_dim": v_head_dim}
         attention = dataclasses.replace(attention, module=NSASelfAttention, params=params)
     elif issubclass(attention.module, MLASelfAttention):
-        if nsa.gate != "query" or nsa.separate_kv:
-            raise ValueError(
-                f"nsa.gate is {nsa.gate} and nsa.separate_kv {nsa.separate_kv}: multi-latent attention hands its core "
-                "query, key and value only; allowed: `gate: query` and `separate_kv: false`"
-            )
+        check_latent(nsa)
         core = ModuleSpec(NSACore, params={"nsa": nsa})
         submodules = dataclasses.replace(attention.submodules, core_attention=core)
         attention = dataclasses.replace(attention, submodules=submodules)
     else:
         raise ValueError(f"attention is {attention.module.__name__}; NSA replaces SelfAttention or MLASelfAttention")
     return dataclasses.replace(layer, submodules=dataclasses.replace(layer.submodules, self_attention=attention))
+
+
+def check_latent(nsa: NSAConfig) -> None:
+    """Check that settings need no more than multi-latent attention hands its core.
+
+    Raises:
+        ValueError: they do.
+    """
+    if nsa.gate != "query" or nsa.separate_kv:
+        raise ValueError(
+            f"nsa.gate is {nsa.gate} and nsa.separate_kv {nsa.separate_kv}: multi-latent attention hands its core "
+            "query, key and value only; allowed: `gate: query` and `separate_kv: false`"
+        )
+
+
+def _with_own_norm(layer: ModuleSpec) -> ModuleSpec:
+    """The layer with the norm of its input before its attention, where Transformer Engine's spec has it inside `linear_qkv`.
+
+    The projections of an NSA layer then read the same normalised states, as they do in Megatron's own spec. In sharded
+    checkpoints the norm keeps the name that it has inside.
+    """
+    fused = getattr(gpt_layer_specs, "TELayerNormColumnParallelLinear", None)
+    attention = layer.submodules.self_attention
+    if fused is None or attention.submodules.linear_qkv is not fused:
+        return layer
+    projections = dataclasses.replace(attention.submodules, linear_qkv=gpt_layer_specs.TEColumnParallelLinear)
+    submodules = dataclasses.replace(
+        layer.submodules,
+        input_layernorm=gpt_layer_specs.TENorm,
+        self_attention=dataclasses.replace(attention, submodules=projections),
+        sharded_state_dict_keys_map=layer.submodules.sharded_state_dict_keys_map | _NORM_INSIDE,
+    )
+    return dataclasses.replace(layer, submodules=submodules)
 
 
 class NSASelfAttention(SelfAttention):
@@ -318,7 +352,7 @@ class NSACore(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend: [s, b, n, d] to [s, b, n * d], or packed: [T, n, d] to [T, n * d].
+        """Attend: [s, b, n, d] to [s, b, n * d], or packed: [T, n, d] to [T, n, d].
 
         Args:
             query: [s, b, n, d].
@@ -336,7 +370,7 @@ class NSACore(MegatronModule):
         query, key, value = (x if packed else _pack(x) for x in (query, key, value))
         gate = self._gate(query) if attention_bias is None else _pack(attention_bias).view(*query.shape[:2], len(BRANCHES))
         ends = _prefix_sums(packed_seq_params) if packed_seq_params else [length * (i + 1) for i in range(batch)]
-        out = self._attend(query, self._branches(key), self._branches(value), gate, ends).flatten(1)
+        out = self._attend(query, self._branches(key), self._branches(value), gate, ends)
         return out if packed else out.view(batch, length, -1).transpose(0, 1).contiguous()
 
     def _gate(self, query: Tensor) -> Tensor:
@@ -422,13 +456,43 @@ def nsa_statistics(model: nn.Module | Iterable[nn.Module]) -> dict[int, dict[str
     return {number: dict(core.attention.statistics) for number, core in _cores(model).items()}
 
 
-def _cores(model: nn.Module | Iterable[nn.Module]) -> dict[int, NSACore]:
+def gather_statistics(model: nn.Module | Iterable[nn.Module]) -> dict[int, dict[str, float]]:
+    """`nsa_statistics` of every layer of the whole model, averaged over the ranks that hold it. Every rank calls it."""
+    ranks: list[dict[int, dict[str, float]]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(ranks, nsa_statistics(model))
+    layers = sorted({layer for rank in ranks for layer in rank})
+    return {layer: _mean([rank[layer] for rank in ranks if layer in rank]) for layer in layers}
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def check_swapped(model: nn.Module | Iterable[nn.Module], numbers: Iterable[int]) -> None:
+    """Check a model that a host has built: its layers have NSA where they should, and nowhere else.
+
+    Args:
+        model: a model, or the chunks of one.
+        numbers: the layers of the whole model with NSA, counted from 0.
+
+    Raises:
+        ValueError: a layer has another core; one line that names it.
+    """
+    for number, core in _cores(model, nn.Module).items():
+        if isinstance(core, NSACore) is not (number in numbers):
+            raise ValueError(
+                f"layer {number} has the attention core {type(core).__name__}, and nsa.layers wants "
+                f"{'NSA' if number in numbers else 'none of NSA'} there: another plugin may have replaced it"
+            )
+
+
+def _cores(model: nn.Module | Iterable[nn.Module], kind: type = NSACore) -> dict[int, Any]:
     chunks = [model] if isinstance(model, nn.Module) else model
-    found: dict[int, NSACore] = {}
+    found: dict[int, Any] = {}
     for chunk in chunks:
         for layer in chunk.modules():
             core = getattr(getattr(layer, "self_attention", None), "core_attention", None)
-            if isinstance(core, NSACore):
+            if isinstance(core, kind):
                 found[int(layer.layer_number) - 1] = core  # type: ignore[arg-type]
     return found
 
@@ -485,5 +549,6 @@ def _pack(tensor: Tensor) -> Tensor:
 
 
 def _prefix_sums(packed: PackedSeqParams) -> list[int]:
-    ends = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
-    return ends[1:].tolist()
+    bounds = packed.cu_seqlens_q if packed.cu_seqlens_q_padded is None else packed.cu_seqlens_q_padded
+    first, *ends = bounds.tolist()
+    return [first, *ends] if first else ends  # MindSpeed's begin with the first end, Megatron's with 0

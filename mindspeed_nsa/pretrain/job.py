@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +23,11 @@ class ModelSection(Section):
         v_head_dim: width of a value head, defaults to kv_channels; to 128 for Multi-Latent Attention.
         max_position_embeddings: longest sequence of learned positions, defaults to seq_length.
         attention_dropout: 0, because the attention operators have none.
+        num_experts: routed experts of a Mixture of Experts, none by default.
+        moe_layer_freq: which layers have experts: 1, all of them, or a pattern such as `([0]*1+[1]*29)`.
+        moe_ffn_hidden_size: width of one routed expert, defaults to that of a dense layer.
+        moe_shared_expert_intermediate_size: width of all shared experts together, none by default.
+        moe_router_topk: experts that each token is sent to.
     """
 
     num_layers: int = Field(ge=1)
@@ -50,6 +57,11 @@ class ModelSection(Section):
     kv_lora_rank: int = Field(512, ge=1)
     qk_head_dim: int = Field(128, ge=1)
     qk_pos_emb_head_dim: int = Field(64, ge=1)
+    num_experts: int | None = Field(None, ge=1)
+    moe_layer_freq: Literal[1] | str = 1
+    moe_ffn_hidden_size: int | None = Field(None, ge=1)
+    moe_shared_expert_intermediate_size: int | None = Field(None, ge=1)
+    moe_router_topk: int = Field(2, ge=1)
 
     @model_validator(mode="after")
     def _check_heads(self) -> "ModelSection":
@@ -74,6 +86,44 @@ class ModelSection(Section):
             raise ValueError(f"{given[0]}: only multi_latent_attention reads it, which is false")
         return self
 
+    @model_validator(mode="after")
+    def _check_experts(self) -> "ModelSection":
+        given = sorted(key for key in self.model_fields_set if key.startswith("moe_"))
+        if self.num_experts is None:
+            if given:
+                raise ValueError(f"{given[0]}: only a Mixture of Experts reads it; num_experts is not set")
+            return self
+        if self.moe_router_topk > self.num_experts:
+            raise ValueError(f"moe_router_topk: {self.moe_router_topk} is more than num_experts {self.num_experts}")
+        if isinstance(self.moe_layer_freq, str) and not _LAYER_PATTERN.fullmatch(self.moe_layer_freq):
+            raise ValueError(f"moe_layer_freq: {self.moe_layer_freq!r} is neither 1 nor a pattern such as `([0]*1+[1]*29)`")
+        if len(self.expert_layers) != self.num_layers:
+            raise ValueError(
+                f"moe_layer_freq: {self.moe_layer_freq} is of {len(self.expert_layers)} layers, not {self.num_layers}"
+            )
+        return self
+
+    @property
+    def expert_layers(self) -> list[bool]:
+        """Whether each layer has experts."""
+        if self.num_experts is None or self.moe_layer_freq == 1:
+            return [self.num_experts is not None] * self.num_layers
+        runs = re.findall(r"\[([01])\](?:\*(\d+))?", str(self.moe_layer_freq))
+        return [kind == "1" for kind, count in runs for _ in range(int(count or 1))]
+
+    @property
+    def ffn_width(self) -> int:
+        """Width of the feed-forward network of a layer without experts."""
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        # A gated network has three matrices for two: 2/3 of the width keeps its size, in whole 64s as Megatron has it.
+        return int(4 * self.hidden_size * 2 / 3) // 64 * 64 if self.swiglu else 4 * self.hidden_size
+
+    @property
+    def value_width(self) -> int:
+        """Width of a value head."""
+        return self.v_head_dim or (128 if self.multi_latent_attention else self.head_width)
+
     @property
     def query_groups(self) -> int:
         """Key and value heads of the whole model."""
@@ -88,14 +138,22 @@ class ModelSection(Section):
 
 
 _LATENT_ONLY = {"q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim"}
+_LAYER_PATTERN = re.compile(r"\(\[[01]\](\*\d+)?(\+\[[01]\](\*\d+)?)*\)")
 
 
 class ParallelSection(Section):
-    """How the model and its work are laid over the ranks."""
+    """How the model and its work are laid over the ranks.
+
+    Args:
+        expert_model_parallel_size: ranks that share the experts of a layer.
+        expert_tensor_parallel_size: ranks that share one expert, defaults to tensor_model_parallel_size.
+    """
 
     tensor_model_parallel_size: int = Field(1, ge=1)
     pipeline_model_parallel_size: int = Field(1, ge=1)
     context_parallel_size: int = Field(1, ge=1)
+    expert_model_parallel_size: int = Field(1, ge=1)
+    expert_tensor_parallel_size: int | None = Field(None, ge=1)
     sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
     recompute_granularity: Literal["full", "selective"] | None = None
@@ -246,7 +304,11 @@ class LoggingSection(Section):
 
 
 class Job(Section):
-    """A pretraining job, as its file and the overrides on the command line give it."""
+    """A pretraining job, as its file and the overrides on the command line give it.
+
+    `megatron` holds further arguments of Megatron-LM and MindSpeed by name, for `mindspeed-nsa launch`; the trainer here
+    does not read them.
+    """
 
     model: ModelSection
     nsa: NSAConfig = NSAConfig()
@@ -255,10 +317,11 @@ class Job(Section):
     training: TrainingSection
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
+    megatron: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
-    def from_file(cls, path: str | Path, overrides: list[str] | None = None) -> "Job":
-        """Read a job file and check it against itself, the files it names and the number of ranks.
+    def read(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Job":
+        """Read a job file and check it against itself.
 
         Args:
             path: the job file.
@@ -268,10 +331,23 @@ class Job(Section):
             ValueError: one line that names the file, the key and what is allowed.
         """
         content = read_yaml(path)
-        for override in overrides or []:
+        for override in overrides:
             _apply(override, content)
         try:
-            job = cls(**content)
+            return cls(**content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Job":
+        """Read a job file for the trainer here: checked also against the files it names and the number of ranks.
+
+        Raises:
+            ValueError: as `read` does.
+        """
+        job = cls.read(path, overrides)
+        try:
+            job.check_trainer()
             job.data.check_files()
             job.check_layout(int(os.environ.get("WORLD_SIZE", "1")))
         except ValueError as error:
@@ -307,18 +383,50 @@ class Job(Section):
             raise ValueError("data.valid_data_path: evaluation needs one; training.eval_iters: 0 does without")
         if self.logging.sample_tokens and (self.data.valid_data_path is None or pipeline > 1):
             raise ValueError("logging.sample_tokens: needs data.valid_data_path and pipeline_model_parallel_size 1")
+        experts = parallel.expert_model_parallel_size
+        if model.num_experts is None and (experts > 1 or parallel.expert_tensor_parallel_size):
+            raise ValueError("parallel.expert_model_parallel_size: it and expert_tensor_parallel_size need model.num_experts")
+        if model.num_experts is not None and model.num_experts % experts:
+            raise ValueError(f"parallel.expert_model_parallel_size: {experts} does not divide num_experts {model.num_experts}")
         if isinstance(self.nsa.layers, list) and max(self.nsa.layers, default=0) >= model.num_layers:
             raise ValueError(f"nsa.layers: {self.nsa.layers} goes past num_layers {model.num_layers}, counted from 0")
         return self
 
-    def check_layout(self, world_size: int) -> None:
-        """Check what depends on the number of ranks and on the Megatron-core that is installed.
+    def check_trainer(self) -> None:
+        """Check that the trainer here can run the job.
+
+        Raises:
+            ValueError: it cannot; one line that names the key.
+        """
+        if self.model.num_experts is not None:
+            raise ValueError(
+                f"model.num_experts: {self.model.num_experts}; the trainer here has no experts; `mindspeed-nsa launch` "
+                "gives the job to Megatron-LM, which has"
+            )
+
+    def check_layout(self, world_size: int, version: tuple[int, int] | None = None) -> None:
+        """Check what depends on the number of ranks and on Megatron-core.
+
+        Args:
+            world_size: the ranks.
+            version: Megatron-core's major and minor version; default: of the one that is installed.
 
         Raises:
             ValueError: the job does not fit; one line that names the key.
         """
-        tensor = self.parallel.tensor_model_parallel_size
-        ranks = tensor * self.parallel.pipeline_model_parallel_size
+        self._check_ranks(world_size)
+        tensor, version = self.parallel.tensor_model_parallel_size, version or megatron_version()
+        if tensor > self.model.query_groups and version < (0, 16):
+            raise ValueError(
+                f"parallel.tensor_model_parallel_size: {tensor} is more than num_query_groups "
+                f"{self.model.query_groups}, which megatron-core splits over ranks from 0.16 on; "
+                f"here is {version[0]}.{version[1]}"
+            )
+
+    def _check_ranks(self, world_size: int) -> None:
+        parallel = self.parallel
+        tensor = parallel.tensor_model_parallel_size
+        ranks = tensor * parallel.pipeline_model_parallel_size
         if world_size % ranks:
             raise ValueError(
                 f"parallel.tensor_model_parallel_size: {tensor} * pipeline_model_parallel_size "
@@ -330,12 +438,12 @@ class Job(Section):
                 f"training.global_batch_size: {self.training.global_batch_size} is not a multiple of micro_batch_size "
                 f"{self.training.micro_batch_size} * {world_size // ranks} data-parallel ranks"
             )
-        version = megatron_version()
-        if tensor > self.model.query_groups and version < (0, 16):
+        stage = world_size // parallel.pipeline_model_parallel_size
+        experts, expert_tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size or tensor
+        if self.model.num_experts is not None and stage % (experts * expert_tensor):
             raise ValueError(
-                f"parallel.tensor_model_parallel_size: {tensor} is more than num_query_groups "
-                f"{self.model.query_groups}, which megatron-core splits over ranks from 0.16 on; "
-                f"here is {version[0]}.{version[1]}"
+                f"parallel.expert_model_parallel_size: {experts} * expert_tensor_parallel_size {expert_tensor} does not "
+                f"divide the {stage} ranks of a pipeline stage"
             )
 
 

@@ -62,7 +62,7 @@ def transformer_config(job: Job) -> TransformerConfig:
     settings: dict[str, Any] = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
-        "ffn_hidden_size": _ffn_hidden_size(job),
+        "ffn_hidden_size": model.ffn_width,
         "num_attention_heads": model.num_attention_heads,
         "num_query_groups": model.query_groups,
         "kv_channels": model.head_width,
@@ -97,21 +97,13 @@ def transformer_config(job: Job) -> TransformerConfig:
         kv_lora_rank=model.kv_lora_rank,
         qk_head_dim=model.qk_head_dim,
         qk_pos_emb_head_dim=model.qk_pos_emb_head_dim,
-        v_head_dim=model.v_head_dim or 128,
+        v_head_dim=model.value_width,
         rope_type="rope",
         # YaRN's factor scales the softmax even where positions are plain RoPE; 1 leaves 1 / sqrt(width of a head).
         rotary_scaling_factor=1.0,
         rotary_base=model.rotary_base,
         rotary_percent=model.rotary_percent,
     )
-
-
-def _ffn_hidden_size(job: Job) -> int:
-    model = job.model
-    if model.ffn_hidden_size:
-        return model.ffn_hidden_size
-    # A gated network has three matrices for two: 2/3 of the width keeps its size, in whole 64s as Megatron has it.
-    return int(4 * model.hidden_size * 2 / 3) // 64 * 64 if model.swiglu else 4 * model.hidden_size
 
 
 def _layer_specs(job: Job) -> list[ModuleSpec]:

@@ -296,6 +296,8 @@ class Trainer:
             f"{parallel.tensor_model_parallel_size}{' with sequence parallel' * parallel.sequence_parallel}, pipeline "
             f"{parallel.pipeline_model_parallel_size}, data parallel {parallel_state.get_data_parallel_world_size()}"
         )
+        if job.megatron:
+            yield f"not read here, for Megatron-LM alone: megatron.{', megatron.'.join(job.megatron)}"
         dense = len(layers) < job.model.num_layers and not job.model.multi_latent_attention
         if dense and job.model.v_head_dim not in (None, job.model.head_width):
             yield (
@@ -320,16 +322,9 @@ class _Statistics:
         """The statistics of every layer, averaged over the ranks that hold it."""
         if self._model is None:
             return {}
-        from mindspeed_nsa.patches.megatron_core import nsa_statistics
+        from mindspeed_nsa.patches.megatron_core import gather_statistics
 
-        ranks: list[dict[int, dict[str, float]]] = [{} for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(ranks, nsa_statistics(self._model))
-        layers = sorted({layer for rank in ranks for layer in rank})
-        return {layer: _mean([rank[layer] for rank in ranks if layer in rank]) for layer in layers}
-
-
-def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        return gather_statistics(self._model)
 
 
 def _mean_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import aten, hccl, records
+from . import aten, hccl, records, torchair
 from .kernels_common import Refused, Trap
 from .records import Log, record
 from .signatures import SIGNATURES, Parameter
@@ -70,6 +70,7 @@ def start() -> None:
     records.count_with(runtime.emulated_counters())
     aten.install()
     hccl.install()
+    torchair.install()
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+../mindspeed_nsa/launch/pretrain_mindspeed.py
