@@ -1,6 +1,7 @@
 """Weights of a dense model as the checkpoint that an NSA job starts from."""
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
@@ -107,8 +108,6 @@ def _copy_key_value(model: GPTModel) -> list[str]:
 
 
 def _listed(what: str, names: Iterable[str]) -> list[str]:
-    """One line for all layers' parameters."""
-    layers = {name.partition("self_attention.")[2]: 0 for name in names}
-    for name in names:
-        layers[name.partition("self_attention.")[2]] += 1
-    return [f"{what}: {', '.join(f'{name} of {count} layers' for name, count in layers.items())}"] if layers else []
+    """One line that counts the parameters of a name over the layers; none without parameters."""
+    counts = Counter(name.partition("self_attention.")[2] for name in names)
+    return [f"{what}: {', '.join(f'{count} x {name}' for name, count in counts.items())}"] if counts else []

@@ -162,11 +162,11 @@ def test_it_says_what_was_copied_what_is_new_and_what_was_dropped(dense, tmp_pat
     # Two layers of 6 weights, the embedding and the last norm: 64 * (384 + 2 * (96 + 64 + 256 + 128 + 2) + 1).
     assert lines == [
         "copied: 14 parameters with 94,528 values",
-        "copied again, keys and values of linear_qkv: linear_branch_kv.weight of 2 layers",
-        "new, drawn with seed 1234: core_attention.attention.compress_key.weight of 2 layers, "
-        "core_attention.attention.compress_value.weight of 2 layers, "
-        "core_attention.attention.compress_value.position of 2 layers, "
-        "linear_gate.weight of 2 layers, linear_gate.bias of 2 layers",
+        "copied again, keys and values of linear_qkv: 2 x linear_branch_kv.weight",
+        "new, drawn with seed 1234: 2 x core_attention.attention.compress_key.weight, "
+        "2 x core_attention.attention.compress_value.weight, "
+        "2 x core_attention.attention.compress_value.position, "
+        "2 x linear_gate.weight, 2 x linear_gate.bias",
         "dropped: optimizer, schedule and random states",
         f"saved {tmp_path / 'nsa' / 'iter_0000000'}; checkpoint.load={tmp_path / 'nsa'} starts from it",
     ]
