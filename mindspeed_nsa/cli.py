@@ -154,5 +154,25 @@ def launch(
     return run(Launch(config, overrides or [], trainer, nodes, nproc_per_node), dry_run=dry_run)
 
 
+@app.command()
+def convert(
+    overrides: _Overrides = None,
+    *,
+    config: Annotated[Path, typer.Option(help="The job file of what is to start from the weights.")],
+    load: Annotated[Path, typer.Option(help="A dense checkpoint, or a folder with a config.json and model*.safetensors.")],
+    save: Annotated[Path, typer.Option(help="Folder for the checkpoint, for the job's checkpoint.load.")],
+) -> None:
+    """Turn a dense model's weights into a checkpoint that an NSA job starts from, on any layout."""
+    from mindspeed_nsa.patches import npu_host
+    from mindspeed_nsa.pretrain.job import Job
+
+    job = Job.read(config, overrides or ())
+    if npu_host.has_npu():
+        npu_host.install()
+    from mindspeed_nsa.pretrain.convert import convert as converting
+
+    print("\n".join(converting(job, load, save)))
+
+
 if __name__ == "__main__":
     main()

@@ -3,6 +3,8 @@
 A checkpoint is a folder `iter_0000020`, and `latest_checkpointed_iteration.txt` beside it names the latest. Nothing
 that a file says is executed: tensors are loaded with `weights_only`, and the one pickle that torch reads without
 it is first read by an unpickler that knows the classes of torch's metadata alone.
+
+A run saves its whole state. What `mindspeed-nsa convert` saves is weights alone, and `weights_only` in its `job.json` says so.
 """
 
 import contextlib
@@ -10,7 +12,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from mindspeed_nsa.pretrain.job import Job
@@ -52,7 +54,7 @@ class State:
 
     def sharded(self, job: Job, *, is_loading: bool, with_random: bool = True) -> dict[str, Any]:
         """The state as Megatron's sharded state dict."""
-        model = {str(run): model.sharded_state_dict(metadata=_MODEL_METADATA) for run, model in enumerate(self.models)}
+        model = _sharded_weights(self.models)
         optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, **_optimizer_format(job))
         sharded = {
             "model": model,
@@ -99,22 +101,37 @@ def check(job: Job) -> None:
     """
     if job.checkpoint.load:
         folder = find(job.checkpoint.load)
-        stored = _stored_job(folder)
-        differences = [
-            f"{section}.{key} {stored.get(section, {}).get(key)!r}, not {value!r}"
-            for section, values in _sections(job).items()
-            for key, value in values.items()
-            if key not in _FREE and stored.get(section, {}).get(key) != value
-        ]
-        if differences:
-            raise ValueError(f"checkpoint.load: {folder} is of another model: it has {'; '.join(differences[:3])}")
+        stored = stored_job(folder)
+        check_model(job, folder, ["model", "nsa"] if _has_weights_only(stored) else list(_sections(job)))
     save, load = job.checkpoint.save, job.checkpoint.load
     ours = save and load and Path(save).resolve() in (Path(load).resolve(), Path(load).resolve().parent)
-    if save and not ours and (Path(save) / _LATEST).exists():
+    if save and not ours and has_checkpoints(save):
         raise ValueError(
             f"checkpoint.save: {save} holds the checkpoints of a run; go on from it with checkpoint.load={save} or "
             "name another folder"
         )
+
+
+def check_model(job: Job, folder: Path, sections: list[str]) -> None:
+    """Check that a checkpoint was saved by a job that says the same in these sections.
+
+    Raises:
+        ValueError: it was not.
+    """
+    stored, wanted = stored_job(folder), _sections(job)
+    differences = [
+        f"{section}.{key} {stored.get(section, {}).get(key)!r}, not {value!r}"
+        for section in sections
+        for key, value in wanted[section].items()
+        if key not in _FREE and stored.get(section, {}).get(key) != value
+    ]
+    if differences:
+        raise ValueError(f"checkpoint.load: {folder} is of another model: it has {'; '.join(differences[:3])}")
+
+
+def has_checkpoints(folder: str | Path) -> bool:
+    """Whether checkpoints were saved in a folder."""
+    return (Path(folder) / _LATEST).exists()
 
 
 def save(job: Job, state: State) -> Path:
@@ -124,21 +141,34 @@ def save(job: Job, state: State) -> Path:
         The checkpoint's folder.
     """
     assert job.checkpoint.save
-    root = Path(job.checkpoint.save)
-    folder = root / f"iter_{state.progress.iteration:07d}"
+    description = {**_sections(job), "layout": _layout(job)}
+    return _write(Path(job.checkpoint.save), state.progress.iteration, state.sharded(job, is_loading=False), description)
+
+
+def save_weights(job: Job, models: list[Any], root: Path) -> Path:
+    """Save a model's weights as a checkpoint of iteration 0 that any layout of the job loads. Every rank calls it.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    return _write(root, 0, {"model": _sharded_weights(models)}, {**_sections(job), "weights_only": True})
+
+
+def _write(root: Path, iteration: int, sharded: dict[str, Any], description: dict[str, Any]) -> Path:
+    folder = root / f"iter_{iteration:07d}"
     unfinished = root / f".{folder.name}"
     first = torch.distributed.get_rank() == 0
     if first:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     torch.distributed.barrier()
-    dist_checkpointing.save(state.sharded(job, is_loading=False), str(unfinished))
+    dist_checkpointing.save(sharded, str(unfinished))
     if first:
-        (unfinished / "job.json").write_text(json.dumps({**_sections(job), "layout": _layout(job)}), encoding="utf-8")
+        (unfinished / "job.json").write_text(json.dumps(description), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
         latest = root / f".{_LATEST}"
-        latest.write_text(f"{state.progress.iteration}\n")
+        latest.write_text(f"{iteration}\n")
         os.replace(latest, root / _LATEST)
     torch.distributed.barrier()
     return folder
@@ -155,16 +185,16 @@ def load(job: Job, state: State) -> str:
     """
     assert job.checkpoint.load
     folder = find(job.checkpoint.load)
+    stored = stored_job(folder)
+    if _has_weights_only(stored):
+        load_weights(state.models, folder)
+        state.optimizer.reload_model_params()  # its own copies of the weights, where it has some
+        return f"loaded {folder} (weights alone, as converted: optimizer, schedule and data start anew)"
     _check_weights(state.models, folder)
-    same_layout = _stored_job(folder)["layout"] == _layout(job)
+    same_layout = stored["layout"] == _layout(job)
     if job.parallel.use_distributed_optimizer:
         _start_adam(state.optimizer)
-    wanted = state.sharded(job, is_loading=True, with_random=same_layout)
-    try:
-        with _weights_only():
-            loaded = dist_checkpointing.load(wanted, str(folder))
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"checkpoint.load: {folder}: {str(error).splitlines()[0]}") from None
+    loaded = _read(state.sharded(job, is_loading=True, with_random=same_layout), folder)
     for run, model in enumerate(state.models):
         model.load_state_dict(loaded["model"][str(run)])
     settings = _group_settings(state.optimizer)
@@ -179,6 +209,45 @@ def load(job: Job, state: State) -> str:
         _set_random_states(loaded["random"])
     note = "" if same_layout else ", saved on another layout or device: random states start anew"
     return f"loaded {folder} (iteration {state.progress.iteration}{note})"
+
+
+def load_weights(models: list[Any], folder: Path, new: Collection[str] = ()) -> None:
+    """Load a checkpoint's weights into a model. Every rank calls it.
+
+    Args:
+        models: this rank's runs of layers, without their wrappers.
+        folder: the checkpoint's.
+        new: names of weights that the checkpoint does not have; they stay as they are.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or its metadata is not what torch writes.
+    """
+    _check_weights(models, folder, new)
+    # Beside weights there are extra states, which hold nothing without Transformer Engine.
+    wanted = {
+        run: {
+            name: value
+            for name, value in weights.items()
+            if isinstance(value, (ShardedTensor, ShardedTensorFactory)) and name not in new
+        }
+        for run, weights in _sharded_weights(models).items()
+    }
+    loaded = _read({"model": wanted}, folder)["model"]
+    for run, model in enumerate(models):
+        model.load_state_dict(loaded[str(run)], strict=False)
+
+
+def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    try:
+        with _weights_only():
+            return dist_checkpointing.load(wanted, str(folder))
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"checkpoint.load: {folder}: {str(error).splitlines()[0]}") from None
+
+
+def _sharded_weights(models: list[Any]) -> dict[str, dict[str, Any]]:
+    """By run of layers: a checkpoint's parts are merged by name, which lists of several lengths cannot be."""
+    return {str(run): model.sharded_state_dict(metadata=_MODEL_METADATA) for run, model in enumerate(models)}
 
 
 def _group_settings(optimizer: Any) -> list[dict[str, Any]]:
@@ -229,21 +298,30 @@ def _layout(job: Job) -> list[Any]:
     return [ranks, *sizes, job.pipeline_runs, device]
 
 
-def _stored_job(folder: Path) -> dict[str, Any]:
+def stored_job(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of the job that saved it.
+
+    Raises:
+        ValueError: it is not to be read.
+    """
     try:
         return json.loads((folder / "job.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint.load: {folder / 'job.json'}: {error}") from None
 
 
-def _check_weights(models: list[Any], folder: Path) -> None:
-    """Compare names and shapes of the whole model, over all ranks, with what is stored."""
-    sharded = {str(run): model.sharded_state_dict(metadata=_MODEL_METADATA) for run, model in enumerate(models)}
+def _has_weights_only(stored: dict[str, Any]) -> bool:
+    return stored.get("weights_only", False)
+
+
+def _check_weights(models: list[Any], folder: Path, new: Collection[str] = ()) -> None:
+    """Compare names and shapes of the whole model but for what is new, over all ranks, with what is stored."""
+    sharded = _sharded_weights(models)
     apply_factories(sharded)
     mine = {value.key: tuple(value.global_shape) for value in nested_values(sharded) if isinstance(value, ShardedTensor)}
     gathered: list[dict[str, tuple[int, ...]]] = [{} for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(gathered, mine)
-    wanted = {key: shape for part in gathered for key, shape in part.items()}
+    wanted = {key: shape for part in gathered for key, shape in part.items() if key not in new}
     found = {key: shape for key, shape in _stored_shapes(folder).items() if not key.startswith(("optimizer.", "random"))}
     differences = [f"it lacks {key}" for key in sorted(wanted.keys() - found.keys())]
     differences += [f"it has {key}" for key in sorted(found.keys() - wanted.keys())]

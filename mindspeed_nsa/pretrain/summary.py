@@ -9,7 +9,7 @@ METRICS, SAMPLE = "metrics.jsonl", "sample.txt"
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics, one an iteration; the row of iteration 0 is the untrained model.
+    """The rows of a run's metrics, one an iteration; the row of iteration 0 is from before training.
 
     Raises:
         ValueError: the file is missing, empty, or holds a line that is no row.
@@ -51,7 +51,7 @@ def describe(run_dir: Path) -> str:
     if valid:
         lines.append("loss on held-out text, nats per token (lower is better)")
         if iterations[0] == 0:
-            lines.append(f"  {'untrained model':<28}{valid[0]:8.4f}")
+            lines.append(f"  {'before training':<28}{valid[0]:8.4f}")
         if unigram:
             lines.append(f"  {'unigram of the training text':<28}{unigram[-1]:8.4f}")
         if iterations[-1] > 0:

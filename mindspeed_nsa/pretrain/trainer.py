@@ -70,7 +70,7 @@ def run(job: Job) -> Result:
     if job.data.valid_data_path:
         check_dataset(job.data.valid_data_path)
     checkpoint.check(job)
-    with _ranks(job):
+    with ranks(job):
         npu.agree_on_plan(job)
         trainer = Trainer(job)
         try:
@@ -80,7 +80,7 @@ def run(job: Job) -> Result:
 
 
 @contextlib.contextmanager
-def _ranks(job: Job) -> Iterator[None]:
+def ranks(job: Job) -> Iterator[None]:
     """Join the ranks, and leave them in the end."""
     if npu_host.has_npu():
         npu_host.install()  # has to be done before this module is imported: raises if it is not
@@ -165,7 +165,7 @@ class Trainer:
         data = self._batches(self.train_data, self.progress.consumed_samples)
         loss, valid_loss, stopped = math.nan, None, False
         if training.eval_iters and self.progress.iteration == 0:
-            valid_loss = self._report_untrained()
+            valid_loss = self._report_start()
         saved_at = self.progress.iteration
         if self.progress.iteration >= training.train_iters:
             self.report.say(f"nothing to do: {self.progress.iteration} of {training.train_iters} iterations are done")
@@ -266,11 +266,11 @@ class Trainer:
     def _is_due(self, interval: int) -> bool:
         return self.progress.iteration % interval == 0 or self.progress.iteration == self.job.training.train_iters
 
-    def _report_untrained(self) -> float:
+    def _report_start(self) -> float:
         """Evaluate before the first iteration, beside the unigram model if the training text is known."""
         assert self.valid_data is not None
         row = {"iteration": 0, "valid_loss": self.evaluate()}
-        line = f"held-out loss of the untrained model {row['valid_loss']:.4f}"
+        line = f"held-out loss before training {row['valid_loss']:.4f}"
         if summary := summary_of(self.job.data.data_path):
             samples = self.job.training.eval_iters * self.job.training.global_batch_size
             row["unigram_loss"] = unigram_loss(summary, self.valid_data, samples)

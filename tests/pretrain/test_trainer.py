@@ -97,7 +97,7 @@ def test_what_a_run_leaves_behind(run_job, tmp_path):
     board = EventAccumulator(str(tmp_path)).Reload()
     assert [point.value for point in board.Scalars("loss")] == pytest.approx([row["loss"] for row in rows])
     assert {"grad_norm", "learning_rate", "valid_loss"} <= set(board.Tags()["scalars"])
-    assert "iteration 4/4  loss" in run.stdout and "held-out loss of the untrained model" in run.stdout
+    assert "iteration 4/4  loss" in run.stdout and "held-out loss before training" in run.stdout
     assert "continued by the model:" in (tmp_path / "sample.txt").read_text()
 
 
