@@ -90,8 +90,8 @@ template <class E> class QuerySide {
 
 // Probabilities and gradients of the logits, of two tiles of lanes: by rows of lanes, and as panels.
 template <class E, bool masked, bool rows_wanted, bool panels_wanted>
-inline void differentiate(const float *const *logits, const float *const *grads, LaneTile *const *tiles, int64_t rows,
-                          int64_t start, float slope, int64_t row, typename E::In *by_row, typename E::In *grad_by_row,
+inline void differentiate(const float *const *logits, const float *const *grads, LaneTile *const *tiles, Span keys,
+                          float slope, int64_t row, typename E::In *by_row, typename E::In *grad_by_row,
                           typename E::In *const *panels) {
     for (int lane = 0; lane < kLanes; lane += kWidth) {
         vf level[2], inverse[2], delta[2];
@@ -100,14 +100,14 @@ inline void differentiate(const float *const *logits, const float *const *grads,
             inverse[t] = load(tiles[t]->total + lane);
             delta[t] = load(tiles[t]->delta + lane);
         }
-        for (int64_t i = 0; i < rows; i += 2) {
+        for (int64_t i = 0; i < keys.rows; i += 2) {
             vf weight[2][2], grad[2][2]; // [key][tile]
             for (int j = 0; j < 2; j++)
                 for (int t = 0; t < 2; t++) {
                     int64_t at = (i + j) * kLanes + lane;
                     vf x = exp2(load(logits[t] + at) * slope - level[t]) * inverse[t], y = load(grads[t] + at) - delta[t];
                     if (masked) {
-                        vi seen = visible(*tiles[t], lane, int32_t(start + i + j));
+                        vi seen = visible(*tiles[t], lane, keys, i + j);
                         x = pick(seen, x, vf{});
                         y = pick(seen, y, vf{});
                     }
@@ -126,7 +126,7 @@ inline void differentiate(const float *const *logits, const float *const *grads,
 // A key tile in backward. key_t is read for the gradient of queries only.
 template <class E> struct BackwardTile {
     const typename E::In *key, *value, *key_t;
-    int64_t start, rows;
+    Span span;
 };
 
 template <class E> class Backward {
@@ -142,7 +142,7 @@ template <class E> class Backward {
     template <bool to_query, bool to_keys, class GradQuery>
     void add(const BackwardTile<E> &keys, QuerySide<E> &side, const int64_t *tiles, int n, const GradQuery &grad_query,
              float *grad_key, float *grad_value) {
-        int64_t qk = problem_.qk_pad, v = problem_.v_pad, rows = keys.rows, group = tiles[0];
+        int64_t qk = problem_.qk_pad, v = problem_.v_pad, rows = keys.span.rows, group = tiles[0];
         auto panel = [](auto *of) { return [of](int64_t j) { return of + j * kPanel; }; };
         multiply<E, false>(keys.key, rows, qk, n, [&](int64_t j) { return side.query_t(tiles[j]); }, panel(&logits_[0]));
         multiply<E, false>(keys.value, rows, v, n, [&](int64_t j) { return side.grad_t(tiles[j]); }, panel(&grads_[0]));
@@ -164,9 +164,9 @@ template <class E> class Backward {
         const float *grads[2] = {grads_ + j * kPanel, grads_ + other * kPanel};
         LaneTile *lanes[2] = {&side.tile(tiles[j]), &side.tile(tiles[other])};
         In *panels[2] = {panels_ + j * kPanel, panels_ + (j + 1) * kPanel};
-        bool masked = !lanes[0]->sees_all(keys.start, keys.rows) || !lanes[1]->sees_all(keys.start, keys.rows);
+        bool masked = !lanes[0]->sees_all(keys.span) || !lanes[1]->sees_all(keys.span);
         auto run = masked ? differentiate<E, true, to_keys, to_query> : differentiate<E, false, to_keys, to_query>;
-        run(logits, grads, lanes, keys.rows, keys.start, problem_.slope, kRow, by_row_ + j * kLanes, grad_by_row_ + j * kLanes, panels);
+        run(logits, grads, lanes, keys.span, problem_.slope, kRow, by_row_ + j * kLanes, grad_by_row_ + j * kLanes, panels);
     }
 
     const Problem &problem_;
