@@ -1,8 +1,37 @@
 // Backward: probabilities and gradients of logits of tiles of lanes, for one key tile at a time.
 
+inline float dot(const float *x, const float *y, int64_t count) {
+    vf total{};
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) total += load(x + i) * load(y + i);
+    float rest = sum(total);
+    for (; i < count; i++) rest += x[i] * y[i];
+    return rest;
+}
+
+// What backward is given for the rows of queries, and grad * attention summed over each row.
 struct Gradients {
-    const NsaTensor &grad, &query, &attention;
+    const NsaTensor &grad, &query;
     const float *row_max, *row_sum;
+    Buffer<float> delta; // [T1, N1]
+
+    Gradients(const Problem &problem, const NsaTensor &grad, const NsaTensor &query, const NsaTensor &attention,
+              const float *row_max, const float *row_sum)
+        : grad(grad), query(query), row_max(row_max), row_sum(row_sum), delta(problem.queries() * problem.at.query_heads) {
+        constexpr int64_t kTokens = 32; // of a task
+        int64_t heads = problem.at.query_heads, dim = problem.at.v_dim;
+        int32_t type = problem.at.type;
+        parallel(problem.at.threads, ceil_div(problem.queries(), kTokens), [&, heads, dim, type] {
+            return [&, heads, dim, type, left = Buffer<float>(dim), right = Buffer<float>(dim)](int64_t task) {
+                int64_t stop = std::min(problem.queries(), (task + 1) * kTokens) * heads;
+                for (int64_t i = task * kTokens * heads; i < stop; i++) {
+                    read_row(type, row_of(grad, type, i / heads, i % heads), dim, left);
+                    read_row(type, row_of(attention, type, i / heads, i % heads), dim, right);
+                    delta[i] = dot(left, right, dim);
+                }
+            };
+        });
+    }
 };
 
 // The queries of a chunk (or of a list) as backward reads them, in groups of kTiles tiles of lanes.
@@ -13,8 +42,7 @@ template <class E> class QuerySide {
     QuerySide(const Problem &problem, int64_t tiles)
         : problem_(problem), query_stage_(problem.qk_pad), grad_stage_(problem.v_pad), tile_(tiles),
           query_t_(tiles * problem.qk_pad * kLanes), grad_t_(tiles * problem.v_pad * kLanes),
-          query_(tiles * problem.qk_pad * kLanes), grad_(tiles * problem.v_pad * kLanes),
-          left_(problem.v_pad), right_(problem.v_pad) {}
+          query_(tiles * problem.qk_pad * kLanes), grad_(tiles * problem.v_pad * kLanes) {}
 
     LaneTile &tile(int64_t i) { return tile_[i]; }
     const In *query_t(int64_t i) const { return query_t_ + i * problem_.qk_pad * kLanes; }
@@ -38,8 +66,7 @@ template <class E> class QuerySide {
             rows.used[lane] = from.row_max[at] != kLowest; // all keys masked: the logits are equal constants
             tile.level[lane] = rows.used[lane] ? from.row_max[at] * kLog2E : 0;
             tile.total[lane] = from.row_sum[at] == 0 ? 0 : 1 / from.row_sum[at];
-            tile.delta[lane] = dot(row_of(from.grad, type, rows.token[lane], rows.head[lane]),
-                                   row_of(from.attention, type, rows.token[lane], rows.head[lane]));
+            tile.delta[lane] = from.delta[at];
         }
         int64_t qk = problem_.qk_pad, v = problem_.v_pad, group = i / kTiles * kTiles, inside = i % kTiles * kLanes * kLanes;
         auto query_rows = query_stage_.gather(type, from.query, problem_.at.qk_dim, problem_.at.scale < 0, rows);
@@ -70,22 +97,10 @@ template <class E> class QuerySide {
   private:
     static constexpr int64_t kGroup = kTiles * kLanes; // rows of a group
 
-    float dot(const void *x, const void *y) {
-        int64_t dim = problem_.at.v_dim, i = 0;
-        read_row(problem_.at.type, x, dim, left_);
-        read_row(problem_.at.type, y, dim, right_);
-        vf total{};
-        for (; i + kWidth <= dim; i += kWidth) total += load(left_ + i) * load(right_ + i);
-        float rest = sum(total);
-        for (; i < dim; i++) rest += left_[i] * right_[i];
-        return rest;
-    }
-
     const Problem &problem_;
     RowStage<E> query_stage_, grad_stage_;
     Buffer<LaneTile> tile_;
     Buffer<In> query_t_, grad_t_, query_, grad_;
-    Buffer<float> left_, right_;
 };
 
 // Probabilities and gradients of the logits, of two tiles of lanes: by rows of lanes, and as panels.
