@@ -15,3 +15,11 @@ def poisoned_memory():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    """Each backend that runs on the CPU."""
+    if request.param == "cpu":
+        pytest.importorskip("mindspeed_nsa.ops.cpu", reason="the native kernels are not built", exc_type=ImportError)
+    return request.param

@@ -50,9 +50,9 @@ def assert_causal(nsa, inputs, ends, kept, what, amount, stop):
 
 @pytest.mark.parametrize("compression", ["linear", "mlp"])
 @pytest.mark.parametrize("what", PERTURBED)
-def test_causal(what, compression):
+def test_causal(what, compression, backend):
     """Small sizes, packed samples, every edge: of a window, a block, the budget, a sample."""
-    nsa = make(SMALL | {"compression": compression}, dtype=torch.float32)
+    nsa = make(SMALL | {"backend": backend, "compression": compression}, dtype=torch.float32)
     inputs, ends = inputs_of(nsa, 90, torch.float32), [1, 41, 82, 90]
     for t in LAST_KEPT:
         out, other = assert_causal(nsa, inputs, ends, t + 1, what, 1.0, t + 2)
@@ -61,16 +61,16 @@ def test_causal(what, compression):
 
 
 @pytest.mark.parametrize("what", ["query", "key", "value"])
-def test_causal_to_huge_values(what):
-    nsa = make(SMALL, dtype=torch.float32)
+def test_causal_to_huge_values(what, backend):
+    nsa = make(SMALL | {"backend": backend}, dtype=torch.float32)
     inputs, ends = inputs_of(nsa, 90, torch.float32), [1, 41, 82, 90]
     for t in LAST_KEPT:
         assert_causal(nsa, inputs, ends, t + 1, what, 1e30, 90)
 
 
-def test_causal_to_a_key_whose_logits_overflow():
+def test_causal_to_a_key_whose_logits_overflow(backend):
     """All inputs are finite; the logit of a masked key is not."""
-    nsa = make(SMALL, dtype=torch.float32)
+    nsa = make(SMALL | {"backend": backend}, dtype=torch.float32)
     inputs, ends = inputs_of(nsa, 90, torch.float32), [90]
     changed = perturbed(inputs, "key", 41, 42, 3e37)
     changed = (changed[0].detach() * 1e3, *changed[1:])
@@ -89,16 +89,16 @@ def test_each_branch_is_causal(branch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_causal_at_the_sizes_of_the_chip(dtype):
-    nsa = make(CHIP, dtype=dtype)
+def test_causal_at_the_sizes_of_the_chip(dtype, backend):
+    nsa = make(CHIP | {"backend": backend}, dtype=dtype)
     inputs, ends = inputs_of(nsa, 1300, dtype), [1230, 1300]
     for t in (30, 31, 63, 64, 1023, 1024, 1086, 1087, 1200):
         assert_causal(nsa, inputs, ends, t + 1, "all", 1.0, t + 2)
 
 
-def test_samples_do_not_mix():
+def test_samples_do_not_mix(backend):
     """Changing one sample changes no bit of another, nor of its gradients."""
-    nsa = make(SMALL, dtype=torch.float32)
+    nsa = make(SMALL | {"backend": backend}, dtype=torch.float32)
     ends = [1, 41, 43, 90]
     inputs = inputs_of(nsa, 90, torch.float32)
     for start, stop in oracle.spans(ends):
@@ -121,8 +121,8 @@ def test_packed_samples_are_those_alone():
         torch.testing.assert_close(packed[start:stop], nsa(*cut), rtol=1e-12, atol=1e-12)
 
 
-def test_same_bits_each_time():
-    nsa = make(SMALL, dtype=torch.float32)
+def test_same_bits_each_time(backend):
+    nsa = make(SMALL | {"backend": backend}, dtype=torch.float32)
     inputs = inputs_of(nsa, 90, torch.float32)
     (out, gradients), (again, gradients_again) = (outputs_and_gradients(nsa, inputs, [90], slice(None)) for _ in range(2))
     assert torch.equal(out, again)

@@ -137,10 +137,13 @@ def test_bits_depend_neither_on_threads_nor_on_the_run(dtype):
         same_bits(statistics, statistics_again)
 
 
-@pytest.mark.parametrize("fill", [float("nan"), float("inf"), 1e30, 0.5])
+@pytest.mark.parametrize("fill", [1e30, 0.5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_nothing_after_a_token_reaches_it(dtype, fill):
-    """To the bit, whatever later tokens and other samples hold. In gradients too, where all results are finite."""
+    """To the bit, whatever finite values later tokens and other samples hold. In gradients too, where all results are finite.
+
+    A later value of NaN or infinity reaches the rows that multiply it by 0, here as on the reference.
+    """
     start, ends = 70, [70, 430, 500]
     calls = Calls(dtype, ends, heads=4)
     for edge in (0, 15, 30, 31, 32, 63, 64, 127, 200, 255, 256, 300):

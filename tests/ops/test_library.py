@@ -8,10 +8,10 @@ from mindspeed_nsa import ops
 from mindspeed_nsa.ops import library
 
 ENDS, COMPRESSED_ENDS, BLOCKS = [7, 20], [2, 7], [2, 5]
-COMPRESSED = (0.5, 4, 2, 4, 2, False, 0, 0, True, "ascend", ENDS, COMPRESSED_ENDS, BLOCKS, [0, 0], "reference")
+COMPRESSED = (0.5, 4, 2, 4, 2, False, 0, 0, True, "ascend", ENDS, COMPRESSED_ENDS, BLOCKS, [0, 0])
 BY_POSITION = (*COMPRESSED[:5], True, 1, 1, False, "paper", *COMPRESSED[10:])
-SELECTED = (0.5, 4, True, False, ENDS, ENDS, [0, 0], "reference")
-WINDOW = (0.5, 3, ENDS, ENDS, [0, 0], "reference")
+SELECTED = (0.5, 4, True, False, ENDS, ENDS, [0, 0])
+WINDOW = (0.5, 3, ENDS, ENDS, [0, 0])
 
 
 def rand(*shape, dtype, grad=True):
@@ -23,7 +23,7 @@ def transposed(tensor):
     return tensor.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(tensor.requires_grad)
 
 
-def cases(dtype):
+def cases(dtype, backend):
     """Each registered operator, backward ones too, with arguments: (name, operator, arguments)."""
     query, key, value = rand(20, 4, 6, dtype=dtype), rand(20, 2, 6, dtype=dtype), rand(20, 2, 5, dtype=dtype)
     small = key[:7].detach().requires_grad_(), value[:7].detach().requires_grad_()
@@ -32,37 +32,41 @@ def cases(dtype):
     ids = torch.randint(0, 2, (20, 2, 2), dtype=torch.int32)
     atten_mask, topk_mask = torch.rand(13, 5) < 0.3, torch.rand(13, 3) < 0.3
     forward = {
-        "compress": (library.compress, (key, weight, 4, 2, ENDS, "reference")),
-        "compress_attention": (library.compress_attention, (query, *small, topk_mask, atten_mask, *COMPRESSED)),
-        "compress_attention by position": (library.compress_attention, (query, *small, None, None, *BY_POSITION)),
-        "select_attention": (library.select_attention, (query, key, value, ids, *SELECTED)),
-        "window_attention": (library.window_attention, (query, key, value, *WINDOW)),
-        "gated_sum": (library.gated_sum, (*gated, "reference")),
+        "compress": (library.compress, (key, weight, 4, 2, ENDS, backend)),
+        "compress_attention": (library.compress_attention, (query, *small, topk_mask, atten_mask, *COMPRESSED, backend)),
+        "compress_attention by position": (library.compress_attention, (query, *small, None, None, *BY_POSITION, backend)),
+        "select_attention": (library.select_attention, (query, key, value, ids, *SELECTED, backend)),
+        "window_attention": (library.window_attention, (query, key, value, *WINDOW, backend)),
+        "gated_sum": (library.gated_sum, (*gated, backend)),
     }
     yield from ((name, *case) for name, case in forward.items())
     q, k, v, ck, cv = (x.detach() for x in (query, key, value, *small))
-    pooled = library.compress(k, weight.detach(), 4, 2, ENDS, "reference")
-    yield "compress_backward", library.compress_backward, (pooled, k, weight.detach(), 4, 2, ENDS, "reference")
-    out, _, *saved = library.compress_attention(q, ck, cv, topk_mask, atten_mask, *COMPRESSED)
-    arguments = (torch.ones_like(out), q, ck, cv, topk_mask, atten_mask, out, *saved, *COMPRESSED)
+    pooled = library.compress(k, weight.detach(), 4, 2, ENDS, backend)
+    yield "compress_backward", library.compress_backward, (pooled, k, weight.detach(), 4, 2, ENDS, backend)
+    out, _, *saved = library.compress_attention(q, ck, cv, topk_mask, atten_mask, *COMPRESSED, backend)
+    arguments = (torch.ones_like(out), q, ck, cv, topk_mask, atten_mask, out, *saved, *COMPRESSED, backend)
     yield "compress_attention_backward", library.compress_attention_backward, arguments
-    yield "block_scores", library.block_scores, (q, ck, *saved, 3, 17, *BY_POSITION)
-    out, *saved = library.select_attention(q, k, v, ids, *SELECTED)
-    arguments = (torch.ones_like(out), q, k, v, ids, out, *saved, *SELECTED)
+    yield "block_scores", library.block_scores, (q, ck, *saved, 3, 17, *BY_POSITION, backend)
+    out, *saved = library.select_attention(q, k, v, ids, *SELECTED, backend)
+    arguments = (torch.ones_like(out), q, k, v, ids, out, *saved, *SELECTED, backend)
     yield "select_attention_backward", library.select_attention_backward, arguments
-    out, *saved = library.window_attention(q, k, v, *WINDOW)
-    yield "window_attention_backward", library.window_attention_backward, (torch.ones_like(out), q, k, v, out, *saved, *WINDOW)
+    out, *saved = library.window_attention(q, k, v, *WINDOW, backend)
+    yield (
+        "window_attention_backward",
+        library.window_attention_backward,
+        (torch.ones_like(out), q, k, v, out, *saved, *WINDOW, backend),
+    )
     gated = [x.detach() for x in gated]
-    yield "gated_sum_backward", library.gated_sum_backward, (torch.ones_like(gated[1]), *gated, "reference")
+    yield "gated_sum_backward", library.gated_sum_backward, (torch.ones_like(gated[1]), *gated, backend)
     yield "checked_indices", library.checked_indices, (ids, 3, ENDS, ENDS)
 
 
-NAMES = [case[0] for case in cases(torch.float32)]
+NAMES = [case[0] for case in cases(torch.float32, "reference")]
 TYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
-def case(name, dtype):
-    return next((op, arguments) for found, op, arguments in cases(dtype) if found == name)
+def case(name, dtype, backend):
+    return next((op, arguments) for found, op, arguments in cases(dtype, backend) if found == name)
 
 
 def test_every_operator_is_here():
@@ -72,16 +76,16 @@ def test_every_operator_is_here():
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", TYPES)
-def test_opcheck(name, dtype):
-    op, arguments = case(name, dtype)
+def test_opcheck(name, dtype, backend):
+    op, arguments = case(name, dtype, backend)
     torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_fake_kernels_tell_shapes_types_and_strides(name):
+def test_fake_kernels_tell_shapes_types_and_strides(name, backend):
     """Of tensors in other memory orders too: a compiled graph relies on the strides."""
     for dtype in TYPES:
-        op, arguments = case(name, dtype)
+        op, arguments = case(name, dtype, backend)
         for change in (lambda x: x, transposed):
             real = [change(x.detach()) if isinstance(x, torch.Tensor) and x.dim() == 3 else x for x in arguments]
             out = op(*real)
@@ -91,16 +95,16 @@ def test_fake_kernels_tell_shapes_types_and_strides(name):
                 assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
-def test_statistics_and_ids_have_no_gradient():
+def test_statistics_and_ids_have_no_gradient(backend):
     for name in ("compress_attention", "select_attention", "window_attention"):
-        op, arguments = case(name, torch.float32)
+        op, arguments = case(name, torch.float32, backend)
         attention, *others = op(*arguments)
         assert attention.requires_grad
         assert not any(other.requires_grad for other in others)
 
 
-def test_inputs_are_not_changed():
-    for _, op, arguments in cases(torch.float32):
+def test_inputs_are_not_changed(backend):
+    for _, op, arguments in cases(torch.float32, backend):
         before = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in arguments]
         op(*arguments)
         for a, b in zip(before, arguments, strict=True):

@@ -12,6 +12,7 @@ struct Amx {
                 uint8_t rows[16] = {};
             } shape;
             for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = 16;
+            __asm__ volatile("" : : "r"(&shape) : "memory"); // the intrinsic says it reads 8 bytes
             _tile_loadconfig(&shape);
         }
         Session(const Session &) = delete;

@@ -1,8 +1,37 @@
 // Backward: probabilities and gradients of logits of tiles of lanes, for one key tile at a time.
 
+inline float dot(const float *x, const float *y, int64_t count) {
+    vf total{};
+    int64_t i = 0;
+    for (; i + kWidth <= count; i += kWidth) total += load(x + i) * load(y + i);
+    float rest = sum(total);
+    for (; i < count; i++) rest += x[i] * y[i];
+    return rest;
+}
+
+// What backward is given for the rows of queries, and grad * attention summed over each row.
 struct Gradients {
-    const NsaTensor &grad, &query, &attention;
+    const NsaTensor &grad, &query;
     const float *row_max, *row_sum;
+    Buffer<float> delta; // [T1, N1]
+
+    Gradients(const Problem &problem, const NsaTensor &grad, const NsaTensor &query, const NsaTensor &attention,
+              const float *row_max, const float *row_sum)
+        : grad(grad), query(query), row_max(row_max), row_sum(row_sum), delta(problem.queries() * problem.at.query_heads) {
+        constexpr int64_t kTokens = 32; // of a task
+        int64_t heads = problem.at.query_heads, dim = problem.at.v_dim;
+        int32_t type = problem.at.type;
+        parallel(problem.at.threads, ceil_div(problem.queries(), kTokens), [&, heads, dim, type] {
+            return [&, heads, dim, type, left = Buffer<float>(dim), right = Buffer<float>(dim)](int64_t task) {
+                int64_t stop = std::min(problem.queries(), (task + 1) * kTokens) * heads;
+                for (int64_t i = task * kTokens * heads; i < stop; i++) {
+                    read_row(type, row_of(grad, type, i / heads, i % heads), dim, left);
+                    read_row(type, row_of(attention, type, i / heads, i % heads), dim, right);
+                    delta[i] = dot(left, right, dim);
+                }
+            };
+        });
+    }
 };
 
 // The queries of a chunk (or of a list) as backward reads them, in groups of kTiles tiles of lanes.
@@ -13,8 +42,7 @@ template <class E> class QuerySide {
     QuerySide(const Problem &problem, int64_t tiles)
         : problem_(problem), query_stage_(problem.qk_pad), grad_stage_(problem.v_pad), tile_(tiles),
           query_t_(tiles * problem.qk_pad * kLanes), grad_t_(tiles * problem.v_pad * kLanes),
-          query_(tiles * problem.qk_pad * kLanes), grad_(tiles * problem.v_pad * kLanes),
-          left_(problem.v_pad), right_(problem.v_pad) {}
+          query_(tiles * problem.qk_pad * kLanes), grad_(tiles * problem.v_pad * kLanes) {}
 
     LaneTile &tile(int64_t i) { return tile_[i]; }
     const In *query_t(int64_t i) const { return query_t_ + i * problem_.qk_pad * kLanes; }
@@ -38,8 +66,7 @@ template <class E> class QuerySide {
             rows.used[lane] = from.row_max[at] != kLowest; // all keys masked: the logits are equal constants
             tile.level[lane] = rows.used[lane] ? from.row_max[at] * kLog2E : 0;
             tile.total[lane] = from.row_sum[at] == 0 ? 0 : 1 / from.row_sum[at];
-            tile.delta[lane] = dot(row_of(from.grad, type, rows.token[lane], rows.head[lane]),
-                                   row_of(from.attention, type, rows.token[lane], rows.head[lane]));
+            tile.delta[lane] = from.delta[at];
         }
         int64_t qk = problem_.qk_pad, v = problem_.v_pad, group = i / kTiles * kTiles, inside = i % kTiles * kLanes * kLanes;
         auto query_rows = query_stage_.gather(type, from.query, problem_.at.qk_dim, problem_.at.scale < 0, rows);
@@ -70,28 +97,16 @@ template <class E> class QuerySide {
   private:
     static constexpr int64_t kGroup = kTiles * kLanes; // rows of a group
 
-    float dot(const void *x, const void *y) {
-        int64_t dim = problem_.at.v_dim, i = 0;
-        read_row(problem_.at.type, x, dim, left_);
-        read_row(problem_.at.type, y, dim, right_);
-        vf total{};
-        for (; i + kWidth <= dim; i += kWidth) total += load(left_ + i) * load(right_ + i);
-        float rest = sum(total);
-        for (; i < dim; i++) rest += left_[i] * right_[i];
-        return rest;
-    }
-
     const Problem &problem_;
     RowStage<E> query_stage_, grad_stage_;
     Buffer<LaneTile> tile_;
     Buffer<In> query_t_, grad_t_, query_, grad_;
-    Buffer<float> left_, right_;
 };
 
 // Probabilities and gradients of the logits, of two tiles of lanes: by rows of lanes, and as panels.
 template <class E, bool masked, bool rows_wanted, bool panels_wanted>
-inline void differentiate(const float *const *logits, const float *const *grads, LaneTile *const *tiles, int64_t rows,
-                          int64_t start, float slope, int64_t row, typename E::In *by_row, typename E::In *grad_by_row,
+inline void differentiate(const float *const *logits, const float *const *grads, LaneTile *const *tiles, Span keys,
+                          float slope, int64_t row, typename E::In *by_row, typename E::In *grad_by_row,
                           typename E::In *const *panels) {
     for (int lane = 0; lane < kLanes; lane += kWidth) {
         vf level[2], inverse[2], delta[2];
@@ -100,14 +115,14 @@ inline void differentiate(const float *const *logits, const float *const *grads,
             inverse[t] = load(tiles[t]->total + lane);
             delta[t] = load(tiles[t]->delta + lane);
         }
-        for (int64_t i = 0; i < rows; i += 2) {
+        for (int64_t i = 0; i < keys.rows; i += 2) {
             vf weight[2][2], grad[2][2]; // [key][tile]
             for (int j = 0; j < 2; j++)
                 for (int t = 0; t < 2; t++) {
                     int64_t at = (i + j) * kLanes + lane;
                     vf x = exp2(load(logits[t] + at) * slope - level[t]) * inverse[t], y = load(grads[t] + at) - delta[t];
                     if (masked) {
-                        vi seen = visible(*tiles[t], lane, int32_t(start + i + j));
+                        vi seen = visible(*tiles[t], lane, keys, i + j);
                         x = pick(seen, x, vf{});
                         y = pick(seen, y, vf{});
                     }
@@ -126,7 +141,7 @@ inline void differentiate(const float *const *logits, const float *const *grads,
 // A key tile in backward. key_t is read for the gradient of queries only.
 template <class E> struct BackwardTile {
     const typename E::In *key, *value, *key_t;
-    int64_t start, rows;
+    Span span;
 };
 
 template <class E> class Backward {
@@ -142,7 +157,7 @@ template <class E> class Backward {
     template <bool to_query, bool to_keys, class GradQuery>
     void add(const BackwardTile<E> &keys, QuerySide<E> &side, const int64_t *tiles, int n, const GradQuery &grad_query,
              float *grad_key, float *grad_value) {
-        int64_t qk = problem_.qk_pad, v = problem_.v_pad, rows = keys.rows, group = tiles[0];
+        int64_t qk = problem_.qk_pad, v = problem_.v_pad, rows = keys.span.rows, group = tiles[0];
         auto panel = [](auto *of) { return [of](int64_t j) { return of + j * kPanel; }; };
         multiply<E, false>(keys.key, rows, qk, n, [&](int64_t j) { return side.query_t(tiles[j]); }, panel(&logits_[0]));
         multiply<E, false>(keys.value, rows, v, n, [&](int64_t j) { return side.grad_t(tiles[j]); }, panel(&grads_[0]));
@@ -164,9 +179,9 @@ template <class E> class Backward {
         const float *grads[2] = {grads_ + j * kPanel, grads_ + other * kPanel};
         LaneTile *lanes[2] = {&side.tile(tiles[j]), &side.tile(tiles[other])};
         In *panels[2] = {panels_ + j * kPanel, panels_ + (j + 1) * kPanel};
-        bool masked = !lanes[0]->sees_all(keys.start, keys.rows) || !lanes[1]->sees_all(keys.start, keys.rows);
+        bool masked = !lanes[0]->sees_all(keys.span) || !lanes[1]->sees_all(keys.span);
         auto run = masked ? differentiate<E, true, to_keys, to_query> : differentiate<E, false, to_keys, to_query>;
-        run(logits, grads, lanes, keys.rows, keys.start, problem_.slope, kRow, by_row_ + j * kLanes, grad_by_row_ + j * kLanes, panels);
+        run(logits, grads, lanes, keys.span, problem_.slope, kRow, by_row_ + j * kLanes, grad_by_row_ + j * kLanes, panels);
     }
 
     const Problem &problem_;

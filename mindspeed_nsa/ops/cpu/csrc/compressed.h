@@ -179,10 +179,10 @@ void compressed_pass(const Problem &problem, const CompressedPass &pass, const N
             auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
             pair_up(sample, tiles, tile, count, [&](int64_t k, const int64_t *some, int n) {
                 const typename E::In *v = pass.attention ? values.transposed(first + k, chunk.head) : nullptr;
-                KeyTile<E> keys_of{keys.plain(first + k, chunk.head), v, tiles.start(k), tiles.rows};
+                KeyTile<E> keys_of{keys.plain(first + k, chunk.head), v, tiles.span(k, sample.keys)};
                 if (!score) return forward.attend(keys_of, some, n);
                 forward.template attend<true>(keys_of, some, n, [&](int64_t i, const float *weights, const float *factor) {
-                    scores.add(i, weights, factor, keys_of.start, keys_of.rows);
+                    scores.add(i, weights, factor, keys_of.span.start, keys_of.span.rows);
                 });
             });
             choose_blocks(problem, pass, chunk, lanes, forward, scores, chooser);

@@ -16,7 +16,7 @@ inline void pair_up(const Sample &sample, const KeyTiles &keys, const Tile &tile
             bool any = false;
             for (int64_t j = 0; j < n; j++) {
                 some[j] = i + j;
-                any |= tile(i + j).sees(keys.start(k), keys.rows);
+                any |= tile(i + j).sees(keys.span(k, sample.keys));
             }
             if (any) run(k, some, int(n));
         }
@@ -43,7 +43,7 @@ void window_forward(const Problem &problem, int64_t window_size, const NsaTensor
             auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
             pair_up(sample, tiles, tile, lanes.tiles(chunk.size()), [&](int64_t k, const int64_t *some, int n) {
                 forward.attend({keys.plain(first_tile + k, chunk.head), values.transposed(first_tile + k, chunk.head),
-                                tiles.start(k), tiles.rows}, some, n);
+                                tiles.span(k, sample.keys)}, some, n);
             });
             forward.finish(chunk, lanes, never, attention, row_max, row_sum);
         };
@@ -86,7 +86,7 @@ inline void dense_backward_chunk(const Problem &problem, const Sight &sight, con
     auto tile = [&](int64_t i) -> LaneTile & { return side.tile(i); };
     pair_up(sample, keys, tile, round_up(count, kTiles), [&](int64_t k, const int64_t *some, int n) {
         BackwardTile<E> at{packed[0]->plain(first + k, chunk.head), packed[1]->plain(first + k, chunk.head),
-                           packed[0]->transposed(first + k, chunk.head), keys.start(k), keys.rows};
+                           packed[0]->transposed(first + k, chunk.head), keys.span(k, sample.keys)};
         backward.template add<true, true>(
             at, side, some, n, [&](int64_t i) { return grad_query + i * panel; }, grad_key + k * keys.rows * problem.qk_pad,
             grad_value + k * keys.rows * problem.v_pad);

@@ -40,15 +40,6 @@ inline void add_scaled(float *to, const float *from, float by, int64_t count) {
     for (int64_t i = 0; i < count; i++) to[i] += from[i] * by;
 }
 
-inline float dot(const float *x, const float *y, int64_t count) {
-    vf total{};
-    int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) total += load(x + i) * load(y + i);
-    float rest = sum(total);
-    for (; i < count; i++) rest += x[i] * y[i];
-    return rest;
-}
-
 inline void compress_forward(const Pooling &at, const NsaTensor &input, const void *weight, void *out) {
     Buffer<float> weights = floats(at.type, weight, at.block_size * at.heads);
     parallel(at.threads, at.all_windows(), [&] {

@@ -5,11 +5,13 @@ constexpr float kSlack = 8;      // a level is kept until a logit exceeds it by 
 
 template <class E> struct KeyTile {
     const typename E::In *key, *value_t;
-    int64_t start, rows;
+    Span span;
 };
 
-inline vi visible(const LaneTile &tile, int lane, int32_t key) {
-    vi at = splat(key);
+// Which lanes see row `i` of a key tile.
+inline vi visible(const LaneTile &tile, int lane, Span keys, int64_t i) {
+    if (i >= keys.count) return vi{};
+    vi at = splat(int32_t(keys.start + i));
     return (load(tile.first + lane) <= at) & (load(tile.last + lane) > at);
 }
 
@@ -35,13 +37,14 @@ inline void rescale(float *panel, int64_t rows, const float *factor) {
             store(panel + i * kLanes + lane, load(panel + i * kLanes + lane) * load(factor + lane));
 }
 
-template <bool masked> inline void find_highest(const float *logits, int64_t rows, int64_t start, float slope, LaneTile &tile, float *highest) {
+template <bool masked>
+inline void find_highest(const float *logits, Span keys, float slope, LaneTile &tile, float *highest) {
     for (int lane = 0; lane < kLanes; lane += kWidth) {
         vf high[4] = {splat(kLowest), splat(kLowest), splat(kLowest), splat(kLowest)};
-        for (int64_t i = 0; i < rows; i += 4)
+        for (int64_t i = 0; i < keys.rows; i += 4)
             for (int j = 0; j < 4; j++) {
                 vf x = load(logits + (i + j) * kLanes + lane);
-                if (masked) x = pick(visible(tile, lane, int32_t(start + i + j)), x, splat(kLowest));
+                if (masked) x = pick(visible(tile, lane, keys, i + j), x, splat(kLowest));
                 high[j] = larger(x, high[j]);
             }
         vf x = larger(larger(high[0], high[1]), larger(high[2], high[3])) * slope;
@@ -52,16 +55,16 @@ template <bool masked> inline void find_highest(const float *logits, int64_t row
 
 // Weights of a key tile, relative to the level: into the engine's form and, where `keep`, in place of the logits.
 template <class E, bool masked, bool keep>
-inline void weigh(float *logits, int64_t rows, int64_t start, float slope, LaneTile &tile, typename E::In *weights) {
+inline void weigh(float *logits, Span keys, float slope, LaneTile &tile, typename E::In *weights) {
     for (int lane = 0; lane < kLanes; lane += kWidth) {
         vf level = load(tile.level + lane), total[2] = {};
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < rows; i += 2) {
+        for (int64_t i = 0; i < keys.rows; i += 2) {
             vf weight[2];
             for (int j = 0; j < 2; j++) {
                 float *at = logits + (i + j) * kLanes + lane;
                 weight[j] = exp2(load(at) * slope - level);
-                if (masked) weight[j] = pick(visible(tile, lane, int32_t(start + i + j)), weight[j], vf{});
+                if (masked) weight[j] = pick(visible(tile, lane, keys, i + j), weight[j], vf{});
                 total[j] += weight[j];
                 if (keep) store(at, weight[j]);
             }
@@ -107,24 +110,24 @@ template <class E> class Forward {
     void attend(const KeyTile<E> &keys, const int64_t *tiles, int n, const Observe &observe) {
         int64_t qk = problem_.qk_pad, v = problem_.v_pad, panel = kKeys * kLanes;
         multiply<E, false>(
-            keys.key, keys.rows, qk, n, [&](int64_t j) { return query_ + tiles[j] * qk * kLanes; },
+            keys.key, keys.span.rows, qk, n, [&](int64_t j) { return query_ + tiles[j] * qk * kLanes; },
             [&](int64_t j) { return logits_ + j * panel; });
         for (int j = 0; j < n; j++) {
             alignas(64) float highest[kLanes], factor[kLanes];
             LaneTile &tile = tile_[tiles[j]];
             float *logits = logits_ + j * panel, slope = problem_.slope;
-            bool masked = !tile.sees_all(keys.start, keys.rows);
+            bool masked = !tile.sees_all(keys.span);
             auto find = masked ? find_highest<true> : find_highest<false>;
-            find(logits, keys.rows, keys.start, slope, tile, highest);
+            find(logits, keys.span, slope, tile, highest);
             bool raised = raise_level(tile, highest, factor);
             if (raised && out_) rescale(out_ + tiles[j] * v * kLanes, v, factor);
             auto weigh_tile = masked ? weigh<E, true, observed> : weigh<E, false, observed>;
-            weigh_tile(logits, keys.rows, keys.start, slope, tile, weights_ + j * panel);
+            weigh_tile(logits, keys.span, slope, tile, weights_ + j * panel);
             observe(tiles[j], logits, raised ? factor : nullptr);
         }
         if (!out_) return;
         multiply<E, true>(
-            keys.value_t, v, keys.rows, n, [&](int64_t j) { return weights_ + j * panel; },
+            keys.value_t, v, keys.span.rows, n, [&](int64_t j) { return weights_ + j * panel; },
             [&](int64_t j) { return out_ + tiles[j] * v * kLanes; });
     }
     void attend(const KeyTile<E> &keys, const int64_t *tiles, int n) {

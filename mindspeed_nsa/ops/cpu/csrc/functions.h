@@ -51,8 +51,10 @@ int window_backward(const NsaAttention *at, int64_t window_size, const NsaTensor
                     const float *row_sum, void *grad_query, void *grad_key, void *grad_value) {
     return with_engine(at->type, [&](auto engine) {
         int64_t span = std::max<int64_t>(2 * window_size, 512);
-        dense_backward<decltype(engine)>(Problem(*at), Sight{window_size, 0, 0}, span, {*grad, *query, *attention, row_max, row_sum},
-                                         *key, *value, grad_query, grad_key, grad_value);
+        Problem problem(*at);
+        Gradients from(problem, *grad, *query, *attention, row_max, row_sum);
+        dense_backward<decltype(engine)>(problem, Sight{window_size, 0, 0}, span, from, *key, *value, grad_query, grad_key,
+                                         grad_value);
     });
 }
 
@@ -67,8 +69,9 @@ int select_backward(const NsaAttention *at, const NsaSelected *selected, const N
                     const NsaTensor *key, const NsaTensor *value, const NsaTensor *attention, const float *row_max,
                     const float *row_sum, void *grad_query, void *grad_key, void *grad_value) {
     return with_engine(at->type, [&](auto engine) {
-        nsa::NSA_ISA::select_backward<decltype(engine)>(Problem(*at), *selected, {*grad, *query, *attention, row_max, row_sum}, *key,
-                                                        *value, grad_query, grad_key, grad_value);
+        Problem problem(*at);
+        Gradients from(problem, *grad, *query, *attention, row_max, row_sum);
+        nsa::NSA_ISA::select_backward<decltype(engine)>(problem, *selected, from, *key, *value, grad_query, grad_key, grad_value);
     });
 }
 
@@ -98,8 +101,8 @@ int compress_attention_backward(const NsaAttention *at, const NsaCompressed *com
         // Few spans, as each has memory for all windows before it.
         int64_t span = std::max<int64_t>(ceil_div(problem.queries(), 16), 1024);
         Sight sight{0, compressed->compress_block_size, compressed->compress_stride};
-        dense_backward<decltype(engine)>(problem, sight, span, {*grad, *query, *attention, row_max, row_sum}, *key, *value,
-                                         grad_query, grad_key, grad_value);
+        Gradients from(problem, *grad, *query, *attention, row_max, row_sum);
+        dense_backward<decltype(engine)>(problem, sight, span, from, *key, *value, grad_query, grad_key, grad_value);
     });
 }
 

@@ -22,6 +22,7 @@ template <class E> class PackedKeys {
 
     PackedKeys(const Problem &problem, const KeyTiles &tiles, const NsaTensor &tensor, int64_t dim, bool plain, bool transposed)
         : tiles_(tiles), heads_(problem.at.kv_heads), size_(tiles.rows * round_up(dim, kDepth)) {
+        if (!plain && !transposed) return;
         int64_t all = tiles.first.back() * heads_;
         if (plain) plain_ = Buffer<In>(all * size_);
         if (transposed) transposed_ = Buffer<In>(all * size_);
@@ -109,8 +110,10 @@ struct alignas(64) LaneTile {
     float delta[kLanes];                 // of backward: grad * attention, summed
     int32_t lowest_first, highest_first, lowest_last, highest_last;
 
-    bool sees(int64_t start, int64_t count) const { return lowest_first < start + count && highest_last > start; }
-    bool sees_all(int64_t start, int64_t rows) const { return highest_first <= start && lowest_last >= start + rows; }
+    bool sees(const Span &keys) const { return lowest_first < keys.start + keys.count && highest_last > keys.start; }
+    bool sees_all(const Span &keys) const {
+        return keys.count == keys.rows && highest_first <= keys.start && lowest_last >= keys.start + keys.rows;
+    }
 
     template <class See> void look(const TileRows &rows, const See &see) {
         lowest_first = lowest_last = INT32_MAX;

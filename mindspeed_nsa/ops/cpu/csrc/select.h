@@ -82,8 +82,7 @@ void select_forward(const Problem &problem, const NsaSelected &selected, const N
             forward.begin(chunk, lanes, query, [&](int64_t token) { return lists.see(sample, token, chunk.head); }, blind);
             by_block.build(lists, sample, chunk.head, chunk.start, chunk.stop);
             pair_up_listed(by_block, tiles, lanes, [&](int64_t k, const int64_t *some, int n) {
-                forward.attend({keys.plain(first + k, chunk.head), values.transposed(first + k, chunk.head), tiles.start(k),
-                                tiles.rows}, some, n);
+                forward.attend({keys.plain(first + k, chunk.head), values.transposed(first + k, chunk.head), tiles.span(k, sample.keys)}, some, n);
             });
             forward.finish(chunk, lanes, blind, attention, row_max, row_sum);
         };
@@ -111,7 +110,7 @@ void select_backward_queries(const Problem &problem, const Lists &lists, const G
             by_block.build(lists, sample, chunk.head, chunk.start, chunk.stop);
             pair_up_listed(by_block, tiles, lanes, [&](int64_t k, const int64_t *some, int n) {
                 BackwardTile<E> at{keys.plain(first + k, chunk.head), values.plain(first + k, chunk.head),
-                                   keys.transposed(first + k, chunk.head), tiles.start(k), tiles.rows};
+                                   keys.transposed(first + k, chunk.head), tiles.span(k, sample.keys)};
                 backward.template add<true, false>(at, side, some, n, [&](int64_t i) { return sums + i * panel; }, nullptr, nullptr);
             });
             for (int64_t i = 0; i < count; i++)
@@ -139,7 +138,7 @@ template <class E> class BlockGradients {
             take(sample, head, queries, i, std::min(i + kTiles, count * lanes_.tiles_per_query));
             for (int64_t j = 0; j < tiles_.per_block; j++) {
                 int64_t k = block * tiles_.per_block + j;
-                BackwardTile<E> at{keys.plain(first + k, head), values.plain(first + k, head), nullptr, tiles_.start(k), tiles_.rows};
+                BackwardTile<E> at{keys.plain(first + k, head), values.plain(first + k, head), nullptr, tiles_.span(k, sample.keys)};
                 backward_.template add<false, true>(at, side_, some, kTiles, [](int64_t) -> float * { return nullptr; },
                                                     grad_key_ + j * key_size_, grad_value_ + j * value_size_);
             }

@@ -102,6 +102,11 @@ struct Problem {
     int64_t keys() const { return at.samples ? at.kv_end[at.samples - 1] : 0; }
 };
 
+// Keys of a tile: `count` of a sample from `start` on, padded to `rows`.
+struct Span {
+    int64_t start, count, rows;
+};
+
 // Keys cut into tiles, sample by sample: a block is one tile, or several where it is large.
 struct KeyTiles {
     int64_t block_size, per_block, rows; // rows: of a tile, padded
@@ -116,6 +121,7 @@ struct KeyTiles {
         int64_t of_block = std::min(kKeys, block_size - tile % per_block * kKeys);
         return std::max<int64_t>(std::min(of_block, keys - start(tile)), 0);
     }
+    Span span(int64_t tile, int64_t keys) const { return {start(tile), count(tile, keys), rows}; }
     int64_t sample_of(int64_t tile) const {
         return std::upper_bound(first.begin(), first.end(), tile) - first.begin() - 1;
     }
