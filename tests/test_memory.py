@@ -40,7 +40,7 @@ def test_parameters_are_those_of_the_model_that_is_built(latent):
     from megatron.core import parallel_state
 
     from mindspeed_nsa.patches import cpu_host
-    from mindspeed_nsa.pretrain.model import build_model
+    from mindspeed_nsa.pretrain.model import build_models
 
     overrides = ["model.multi_latent_attention=true", "model.num_query_groups=8", "model.q_lora_rank=64", "model.kv_channels="]
     nsa = ["nsa.gate=query", "nsa.separate_kv=false"]
@@ -49,7 +49,7 @@ def test_parameters_are_those_of_the_model_that_is_built(latent):
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
         parallel_state.initialize_model_parallel()
-        model = build_model(job, 257)
+        model = build_models(job, 257)[0]
         built = sum(parameter.numel() for parameter in model.parameters())
     finally:
         parallel_state.destroy_model_parallel()

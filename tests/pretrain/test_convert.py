@@ -18,7 +18,7 @@ from mindspeed_nsa.patches import cpu_host
 from mindspeed_nsa.pretrain import checkpoint
 from mindspeed_nsa.pretrain.convert import convert
 from mindspeed_nsa.pretrain.job import Job
-from mindspeed_nsa.pretrain.model import build_model
+from mindspeed_nsa.pretrain.model import build_models
 from mindspeed_nsa.pretrain.trainer import ranks
 
 VOCABULARY, PADDED = 300, 384
@@ -79,7 +79,7 @@ def llama(tmp_path):
 
 def loaded(job: Job, folder):
     model_parallel_cuda_manual_seed(job.training.seed)
-    model = build_model(job, PADDED)
+    model = build_models(job, PADDED)[0]
     checkpoint.load_weights(model, checkpoint.find(str(folder)))
     return model.eval()
 
