@@ -113,8 +113,10 @@ struct CompressedPass {
 template <class E>
 inline const float *score_query(Forward<E> &forward, Scores &scores, const Lanes &lanes, int64_t query) {
     int64_t tile = query / lanes.queries_per_tile * lanes.tiles_per_query, first = query % lanes.queries_per_tile * lanes.heads;
-    for (int64_t i = 0; i < lanes.tiles_per_query; i++)
-        scores.sum(tile + i, forward.tile(tile + i), first, first + lanes.heads, i == 0, scores.row());
+    for (int64_t i = 0; i < lanes.tiles_per_query; i++) {
+        int64_t used = std::min(lanes.heads, lanes.group - i * kLanes); // the last tile may have heads to spare
+        scores.sum(tile + i, forward.tile(tile + i), first, first + used, i == 0, scores.row());
+    }
     return scores.row();
 }
 
