@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.distributed
 
-from mindspeed_nsa.pretrain.job import Job
+from mindspeed_nsa.pretrain.job import DataSection, Job
 
 # What a node may have its own way: places of files. That the data are the same is seen in the data.
 _OWN = {"data_path", "valid_data_path", "data_cache_path", "tokenizer_model", "run_dir"}
@@ -23,8 +24,18 @@ def agree_on_job(job: Job) -> None:
     _agree({f"{section}.{key}": value for section, values in sections for key, value in values.items() if key not in _OWN})
 
 
-def agree_on_data(datasets: Mapping[str, Any]) -> None:
-    """Check that every rank reads the same samples in the same order. Every rank calls it.
+def agree_on_data(data: DataSection) -> None:
+    """Check that the data are the same on every rank. Every rank calls it, before datasets are built.
+
+    Raises:
+        ValueError: on some rank they differ; one line that names rank and key.
+    """
+    prefixes = {key: getattr(data, key) for key in ("data_path", "valid_data_path")}
+    _agree({f"contents of data.{key}": _contents(prefix) for key, prefix in prefixes.items() if prefix})
+
+
+def agree_on_order(datasets: Mapping[str, Any]) -> None:
+    """Check that every rank reads the same samples in the same order. Every rank calls it once they are built.
 
     Args:
         datasets: Megatron's GPTDatasets, by the keys that name them in the job.
@@ -47,6 +58,10 @@ def _differences(ranks: list[dict[str, Any]]) -> Iterable[str]:
         for key in sorted(theirs.keys() | ranks[0].keys()):
             if theirs.get(key) != ranks[0].get(key):
                 yield f"rank {rank} has {key} {theirs.get(key)!r}, rank 0 has {ranks[0].get(key)!r}"
+
+
+def _contents(prefix: str) -> str:
+    return hashlib.sha256(Path(f"{prefix}.idx").read_bytes()).hexdigest()[:12]
 
 
 def _digest(dataset: Any) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor
 from mindspeed_nsa.context_parallel import own_pieces
 from mindspeed_nsa.patches import cpu_host, npu_host
 from mindspeed_nsa.pretrain import checkpoint, npu
-from mindspeed_nsa.pretrain.agreement import agree_on_data, agree_on_job
+from mindspeed_nsa.pretrain.agreement import agree_on_data, agree_on_job, agree_on_order
 from mindspeed_nsa.pretrain.data import batches, build_datasets, check_dataset, summary_of
 from mindspeed_nsa.pretrain.evaluate import unigram_loss
 from mindspeed_nsa.pretrain.job import Job
@@ -133,13 +133,14 @@ class Trainer:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.tokenizer = build_tokenizer(job.data.tokenizer_type, job.data.tokenizer_model)
+        agree_on_data(job.data)
         self.train_data, self.valid_data = build_datasets(
             job,
             self.tokenizer,
             job.training.train_iters * job.training.global_batch_size,
             job.training.eval_iters * job.training.global_batch_size,
         )
-        agree_on_data({"data.data_path": self.train_data, "data.valid_data_path": self.valid_data})
+        agree_on_order({"data.data_path": self.train_data, "data.valid_data_path": self.valid_data})
         # Dropout draws from a generator that differs by rank; the weights do not.
         tensor_parallel.model_parallel_cuda_manual_seed(job.training.seed)
         runs = build_models(job, self.tokenizer.vocab_size)

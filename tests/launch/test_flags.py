@@ -138,7 +138,7 @@ def test_no_key_of_a_section_is_lost():
         ("megatron.yaml_cfg=x", "megatron.yaml_cfg: not allowed here"),
         ("megatron.nsa_layers=all", "megatron.nsa_layers: not allowed here"),
         ("megatron.use_flash_attn=false", "megatron.use_flash_attn: False; allowed: true for an option without value"),
-        ("megatron.cp_comm_type=", "megatron.cp_comm_type: None; allowed"),
+        ("megatron.moe_grouped_gemm=", "megatron.moe_grouped_gemm: None; allowed"),
     ],
 )
 def test_what_megatron_may_not_hold(override, message):
