@@ -80,7 +80,7 @@ def llama(tmp_path):
 def loaded(job: Job, folder):
     model_parallel_cuda_manual_seed(job.training.seed)
     model = build_models(job, PADDED)[0]
-    checkpoint.load_weights(model, checkpoint.find(str(folder)))
+    checkpoint.load_weights([model], checkpoint.find(str(folder)))
     return model.eval()
 
 
