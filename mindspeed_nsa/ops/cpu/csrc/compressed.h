@@ -157,6 +157,7 @@ inline std::vector<Chunk> compressed_chunks(const Problem &problem, const Compre
 template <class E>
 void compressed_pass(const Problem &problem, const CompressedPass &pass, const NsaTensor &query, const NsaTensor &key,
                      const NsaTensor &value) {
+    if (pass.attention) problem.will_write(pass.attention, problem.at.v_dim);
     Sight sight{0, pass.at.compress_block_size, pass.at.compress_stride};
     KeyTiles tiles(problem, kKeys);
     PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, true, false);

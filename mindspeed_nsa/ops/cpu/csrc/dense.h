@@ -28,6 +28,7 @@ template <class E>
 void window_forward(const Problem &problem, int64_t window_size, const NsaTensor &query, const NsaTensor &key,
                     const NsaTensor &value, void *attention, float *row_max, float *row_sum) {
     Sight sight{window_size, 0, 0};
+    problem.will_write(attention, problem.at.v_dim);
     KeyTiles tiles(problem, kKeys);
     PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, true, false);
     PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, false, true);
@@ -118,6 +119,7 @@ inline void sum_parts(const Problem &problem, const KeyTiles &keys, const std::v
 template <class E>
 void dense_backward(const Problem &problem, const Sight &sight, int64_t span, const Gradients &from, const NsaTensor &key,
                     const NsaTensor &value, void *grad_query, void *grad_key, void *grad_value) {
+    problem.will_write(grad_query, problem.at.qk_dim);
     KeyTiles tiles(problem, kKeys);
     PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, true, true);
     PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, true, false);

@@ -67,6 +67,7 @@ inline void pair_up_listed(const ByBlock &by_block, const KeyTiles &keys, const 
 template <class E>
 void select_forward(const Problem &problem, const NsaSelected &selected, const NsaTensor &query, const NsaTensor &key,
                     const NsaTensor &value, void *attention, float *row_max, float *row_sum) {
+    problem.will_write(attention, problem.at.v_dim);
     KeyTiles tiles(problem, selected.block_size);
     PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, true, false);
     PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, false, true);
@@ -179,6 +180,7 @@ template <class E> class BlockGradients {
 template <class E>
 void select_backward(const Problem &problem, const NsaSelected &selected, const Gradients &from, const NsaTensor &key,
                      const NsaTensor &value, void *grad_query, void *grad_key, void *grad_value) {
+    problem.will_write(grad_query, problem.at.qk_dim);
     KeyTiles tiles(problem, selected.block_size);
     PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, true, true);
     PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, true, false);
