@@ -8,7 +8,7 @@ import torch
 
 megatron = pytest.importorskip("megatron.core")
 
-from layouts import LAYOUTS, ROOT, TOLERANCE, Layout, run, same_ids, worst  # noqa: E402
+from layouts import LAYOUTS, ROOT, TOLERANCE, Layout, other_ids, run, same_ids, worst  # noqa: E402
 from packaging.version import Version  # noqa: E402
 from texts import prepare_text  # noqa: E402
 
@@ -44,6 +44,7 @@ def test_every_layout_trains_the_same_model(runs, name):
     assert worst(mine, like) <= TOLERANCE
     assert mine.grad_norms == pytest.approx(like.grad_norms, rel=1e-4)
     assert same_ids(mine, like)
+    assert other_ids(mine, like) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["packed", "one group", "experts"])
