@@ -29,6 +29,8 @@ def main(config: str, jobs: str) -> None:
         os.environ |= {"WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
         records.clear()
         megatron_core._group_of.cache_clear()
+        # Megatron-core 0.12 forgets these neither when groups are destroyed nor when they are made anew without this rank.
+        parallel_state._EMBEDDING_GLOBAL_RANKS = parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
         undo = _SPOIL[job["spoiled"]]()
         run(Job.from_file(config, job["overrides"]))
         undo()
