@@ -1,6 +1,7 @@
 // Keys, values and query rows in the form that an engine multiplies.
 
-constexpr int kTiles = 4; // most tiles of lanes that are worked on together; even
+constexpr int kTiles = 4; // most tiles of lanes that attend together; even
+constexpr int kGroup = 8; // tiles of lanes whose gradients of keys and values are summed at once
 
 // Two panels at a time, as the engines take them; n panels, of which panel j has b(j) and c(j).
 template <class E, bool accumulate, class B, class C>
@@ -34,6 +35,10 @@ template <class E> class PackedKeys {
     }
     const In *plain(int64_t tile, int64_t head) const { return plain_ + (tile * heads_ + head) * size_; }
     const In *transposed(int64_t tile, int64_t head) const { return transposed_ + (tile * heads_ + head) * size_; }
+    void prefetch(int64_t tile, int64_t head) const {
+        if (plain_) nsa::prefetch(plain(tile, head), size_ * sizeof(In));
+        if (transposed_) nsa::prefetch(transposed(tile, head), size_ * sizeof(In));
+    }
 
   private:
     void pack(const Problem &problem, const NsaTensor &tensor, int64_t dim, int64_t i, In *scratch) {

@@ -49,12 +49,20 @@ struct ByBlock {
     }
 };
 
-// Calls run(tile of keys in the sample, tiles of lanes, how many) for the pairs of a chunk, tile by tile.
-template <class Run>
-inline void pair_up_listed(const ByBlock &by_block, const KeyTiles &keys, const Lanes &lanes, const Run &run) {
-    int64_t most = std::max<int64_t>(kTiles / lanes.tiles_per_query, 1);
-    for (int64_t s = 0; s + 1 < int64_t(by_block.first.size()); s++)
-        for (int64_t k = s * keys.per_block; k < (s + 1) * keys.per_block; k++)
+// Calls run(tile of keys in the sample, tiles of lanes, how many) for the pairs of a chunk, tile by tile; before those of a tile,
+// ahead(the tile that is next).
+template <class Run, class Ahead>
+inline void pair_up_listed(const ByBlock &by_block, const KeyTiles &keys, const Lanes &lanes, const Run &run, const Ahead &ahead) {
+    int64_t most = std::max<int64_t>(kTiles / lanes.tiles_per_query, 1), blocks = int64_t(by_block.first.size()) - 1;
+    auto listed = [&](int64_t s) {
+        while (s < blocks && by_block.first[s] == by_block.first[s + 1]) s++;
+        return s;
+    };
+    for (int64_t s = listed(0), next; s < blocks; s = next) {
+        next = listed(s + 1);
+        for (int64_t k = s * keys.per_block, stop = k + keys.per_block; k < stop; k++) {
+            int64_t after = k + 1 < stop ? k + 1 : next * keys.per_block;
+            if (after < blocks * keys.per_block) ahead(after);
             for (int64_t i = by_block.first[s], n; i < by_block.first[s + 1]; i += n) {
                 n = by_block.take(i, by_block.first[s + 1], most);
                 int64_t some[kTiles * kLanes], count = n * lanes.tiles_per_query;
@@ -62,6 +70,8 @@ inline void pair_up_listed(const ByBlock &by_block, const KeyTiles &keys, const 
                     some[j] = by_block.queries[i + j / lanes.tiles_per_query] * lanes.tiles_per_query + j % lanes.tiles_per_query;
                 for (int64_t j = 0; j < count; j += kTiles) run(k, some + j, int(std::min<int64_t>(kTiles, count - j)));
             }
+        }
+    }
 }
 
 template <class E>
@@ -84,6 +94,9 @@ void select_forward(const Problem &problem, const NsaSelected &selected, const N
             by_block.build(lists, sample, chunk.head, chunk.start, chunk.stop);
             pair_up_listed(by_block, tiles, lanes, [&](int64_t k, const int64_t *some, int n) {
                 forward.attend({keys.plain(first + k, chunk.head), values.transposed(first + k, chunk.head), tiles.span(k, sample.keys)}, some, n);
+            }, [&](int64_t k) {
+                keys.prefetch(first + k, chunk.head);
+                values.prefetch(first + k, chunk.head);
             });
             forward.finish(chunk, lanes, blind, attention, row_max, row_sum);
         };
@@ -112,7 +125,10 @@ void select_backward_queries(const Problem &problem, const Lists &lists, const G
             pair_up_listed(by_block, tiles, lanes, [&](int64_t k, const int64_t *some, int n) {
                 BackwardTile<E> at{keys.plain(first + k, chunk.head), values.plain(first + k, chunk.head),
                                    keys.transposed(first + k, chunk.head), tiles.span(k, sample.keys)};
-                backward.template add<true, false>(at, side, some, n, [&](int64_t i) { return sums + i * panel; }, nullptr, nullptr);
+                backward.template add<true, false>(at, side, some, n, [&](int64_t i) { return sums + i * panel; }, nullptr, nullptr, [](int64_t) {});
+            }, [&](int64_t k) {
+                keys.prefetch(first + k, chunk.head);
+                values.prefetch(first + k, chunk.head);
             });
             for (int64_t i = 0; i < count; i++)
                 write_grad_query<E>(problem, TileRows(chunk, lanes, i), sums + i * panel, from.row_max, scratch, grad_query);
@@ -124,7 +140,7 @@ void select_backward_queries(const Problem &problem, const Lists &lists, const G
 template <class E> class BlockGradients {
   public:
     BlockGradients(const Problem &problem, const Lists &lists, const Gradients &from, const KeyTiles &tiles)
-        : problem_(problem), lists_(lists), from_(from), tiles_(tiles), lanes_(problem.group, false), side_(problem, kTiles),
+        : problem_(problem), lists_(lists), from_(from), tiles_(tiles), lanes_(problem.group, false), side_(problem, kGroup),
           backward_(problem), key_size_(tiles.rows * problem.qk_pad), value_size_(tiles.rows * problem.v_pad),
           grad_key_(tiles.per_block * key_size_), grad_value_(tiles.per_block * value_size_),
           scratch_(std::max(problem.qk_pad, problem.v_pad)) {}
@@ -134,25 +150,31 @@ template <class E> class BlockGradients {
         memset(grad_key_, 0, tiles_.per_block * key_size_ * sizeof(float));
         memset(grad_value_, 0, tiles_.per_block * value_size_ * sizeof(float));
         int64_t first = tiles_.first[&sample - problem_.samples.data()];
-        static const int64_t some[kTiles] = {0, 1, 2, 3};
-        for (int64_t i = 0; i < count * lanes_.tiles_per_query; i += kTiles) {
-            take(sample, head, queries, i, std::min(i + kTiles, count * lanes_.tiles_per_query));
+        static const int64_t some[kGroup] = {0, 1, 2, 3, 4, 5, 6, 7};
+        for (int64_t i = 0; i < count * lanes_.tiles_per_query; i += kGroup) {
+            take(sample, head, queries, count, i);
             for (int64_t j = 0; j < tiles_.per_block; j++) {
                 int64_t k = block * tiles_.per_block + j;
                 BackwardTile<E> at{keys.plain(first + k, head), values.plain(first + k, head), nullptr, tiles_.span(k, sample.keys)};
-                backward_.template add<false, true>(at, side_, some, kTiles, [](int64_t) -> float * { return nullptr; },
-                                                    grad_key_ + j * key_size_, grad_value_ + j * value_size_);
+                backward_.template add<false, true>(at, side_, some, kGroup, [](int64_t) -> float * { return nullptr; },
+                                                    grad_key_ + j * key_size_, grad_value_ + j * value_size_, [&](int64_t t) {
+                    int64_t next = i + kGroup + t;
+                    if (j == 0 && next < count * lanes_.tiles_per_query) side_.prefetch(from_, rows_of(sample, head, queries, next));
+                });
             }
         }
         write(sample, head, block, grad_key, grad_value);
     }
 
   private:
-    void take(const Sample &sample, int64_t head, const int32_t *queries, int64_t start, int64_t stop) {
+    TileRows rows_of(const Sample &sample, int64_t head, const int32_t *queries, int64_t i) const {
+        int64_t token = sample.q_start + queries[i / lanes_.tiles_per_query];
+        return TileRows({&sample, head, token, token + 1}, lanes_, i % lanes_.tiles_per_query);
+    }
+    void take(const Sample &sample, int64_t head, const int32_t *queries, int64_t count, int64_t start) {
+        int64_t all = count * lanes_.tiles_per_query, stop = std::min(start + kGroup, all);
         for (int64_t i = start; i < stop; i++) {
-            int64_t token = sample.q_start + queries[i / lanes_.tiles_per_query];
-            TileRows rows({&sample, head, token, token + 1}, lanes_, i % lanes_.tiles_per_query);
-            side_.take(i - start, from_, rows, [&](int64_t at) { return lists_.see(sample, at, head); }, true);
+            side_.take(i - start, from_, rows_of(sample, head, queries, i), [&](int64_t at) { return lists_.see(sample, at, head); }, true);
         }
         side_.fill(stop - start);
     }
