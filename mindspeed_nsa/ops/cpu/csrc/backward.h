@@ -51,7 +51,7 @@ template <class E> class QuerySide {
     const In *query(int64_t group, int64_t j) const { return query_ + (group * problem_.qk_pad + j * kRows) * kLanes; }
     const In *grad(int64_t group, int64_t j) const { return grad_ + (group * problem_.v_pad + j * kRows) * kLanes; }
 
-    // Rows that lie scattered in memory are asked for one after the other, before they are taken.
+    // Asks for rows that are taken later.
     void prefetch(const Gradients &from, const TileRows &rows) const {
         int32_t type = problem_.at.type;
         for (int lane = 0; lane < kLanes && rows.used[lane]; lane++)
@@ -161,7 +161,8 @@ template <class E> class Backward {
           by_row_(kGroup * kPanel), grad_by_row_(kGroup * kPanel) {}
 
     // `n` tiles of lanes against a key tile. Adds to the gradients of the queries (`grad_query(tile)`: [qk_pad, lanes]) and, for a
-    // whole group, of keys and values (panels of dims [rows, 16]).
+    // whole group, of keys and values (panels of dims [rows, 16]). Between the products ahead(i) may do
+    // something else for tile i.
     template <bool to_query, bool to_keys, class GradQuery, class Ahead>
     void add(const BackwardTile<E> &keys, QuerySide<E> &side, const int64_t *tiles, int n, const GradQuery &grad_query,
              float *grad_key, float *grad_value, const Ahead &ahead) {

@@ -115,7 +115,8 @@ template <class E> class Forward {
             multiply<E, false>(
                 keys.key, keys.span.rows, qk, some, [&](int64_t j) { return query_ + tiles[i + j] * qk * kLanes; },
                 [&](int64_t j) { return logits_ + j * panel; });
-            for (int j = 0; j < some; j++) weigh_tile<observed>(keys.span, tiles[i + j], logits_ + j * panel, weights_ + (i + j) * panel, observe);
+            for (int j = 0; j < some; j++)
+                weigh_tile<observed>(keys.span, tiles[i + j], logits_ + j * panel, weights_ + (i + j) * panel, observe);
         }
         if (!out_) return;
         multiply<E, true>(

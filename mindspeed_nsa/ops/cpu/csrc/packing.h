@@ -35,10 +35,6 @@ template <class E> class PackedKeys {
     }
     const In *plain(int64_t tile, int64_t head) const { return plain_ + (tile * heads_ + head) * size_; }
     const In *transposed(int64_t tile, int64_t head) const { return transposed_ + (tile * heads_ + head) * size_; }
-    void prefetch(int64_t tile, int64_t head) const {
-        if (plain_) nsa::prefetch(plain(tile, head), size_ * sizeof(In));
-        if (transposed_) nsa::prefetch(transposed(tile, head), size_ * sizeof(In));
-    }
 
   private:
     void pack(const Problem &problem, const NsaTensor &tensor, int64_t dim, int64_t i, In *scratch) {

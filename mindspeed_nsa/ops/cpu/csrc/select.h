@@ -49,20 +49,12 @@ struct ByBlock {
     }
 };
 
-// Calls run(tile of keys in the sample, tiles of lanes, how many) for the pairs of a chunk, tile by tile; before those of a tile,
-// ahead(the tile that is next).
-template <class Run, class Ahead>
-inline void pair_up_listed(const ByBlock &by_block, const KeyTiles &keys, const Lanes &lanes, const Run &run, const Ahead &ahead) {
-    int64_t most = std::max<int64_t>(kTiles / lanes.tiles_per_query, 1), blocks = int64_t(by_block.first.size()) - 1;
-    auto listed = [&](int64_t s) {
-        while (s < blocks && by_block.first[s] == by_block.first[s + 1]) s++;
-        return s;
-    };
-    for (int64_t s = listed(0), next; s < blocks; s = next) {
-        next = listed(s + 1);
-        for (int64_t k = s * keys.per_block, stop = k + keys.per_block; k < stop; k++) {
-            int64_t after = k + 1 < stop ? k + 1 : next * keys.per_block;
-            if (after < blocks * keys.per_block) ahead(after);
+// Calls run(tile of keys in the sample, tiles of lanes, how many) for the pairs of a chunk, tile by tile.
+template <class Run>
+inline void pair_up_listed(const ByBlock &by_block, const KeyTiles &keys, const Lanes &lanes, const Run &run) {
+    int64_t most = std::max<int64_t>(kTiles / lanes.tiles_per_query, 1);
+    for (int64_t s = 0; s + 1 < int64_t(by_block.first.size()); s++)
+        for (int64_t k = s * keys.per_block; k < (s + 1) * keys.per_block; k++)
             for (int64_t i = by_block.first[s], n; i < by_block.first[s + 1]; i += n) {
                 n = by_block.take(i, by_block.first[s + 1], most);
                 int64_t some[kTiles * kLanes], count = n * lanes.tiles_per_query;
@@ -70,8 +62,6 @@ inline void pair_up_listed(const ByBlock &by_block, const KeyTiles &keys, const 
                     some[j] = by_block.queries[i + j / lanes.tiles_per_query] * lanes.tiles_per_query + j % lanes.tiles_per_query;
                 for (int64_t j = 0; j < count; j += kTiles) run(k, some + j, int(std::min<int64_t>(kTiles, count - j)));
             }
-        }
-    }
 }
 
 template <class E>
@@ -93,10 +83,8 @@ void select_forward(const Problem &problem, const NsaSelected &selected, const N
             forward.begin(chunk, lanes, query, [&](int64_t token) { return lists.see(sample, token, chunk.head); }, blind);
             by_block.build(lists, sample, chunk.head, chunk.start, chunk.stop);
             pair_up_listed(by_block, tiles, lanes, [&](int64_t k, const int64_t *some, int n) {
-                forward.attend({keys.plain(first + k, chunk.head), values.transposed(first + k, chunk.head), tiles.span(k, sample.keys)}, some, n);
-            }, [&](int64_t k) {
-                keys.prefetch(first + k, chunk.head);
-                values.prefetch(first + k, chunk.head);
+                forward.attend({keys.plain(first + k, chunk.head), values.transposed(first + k, chunk.head),
+                                tiles.span(k, sample.keys)}, some, n);
             });
             forward.finish(chunk, lanes, blind, attention, row_max, row_sum);
         };
@@ -125,10 +113,8 @@ void select_backward_queries(const Problem &problem, const Lists &lists, const G
             pair_up_listed(by_block, tiles, lanes, [&](int64_t k, const int64_t *some, int n) {
                 BackwardTile<E> at{keys.plain(first + k, chunk.head), values.plain(first + k, chunk.head),
                                    keys.transposed(first + k, chunk.head), tiles.span(k, sample.keys)};
-                backward.template add<true, false>(at, side, some, n, [&](int64_t i) { return sums + i * panel; }, nullptr, nullptr, [](int64_t) {});
-            }, [&](int64_t k) {
-                keys.prefetch(first + k, chunk.head);
-                values.prefetch(first + k, chunk.head);
+                auto grad_query_of = [&](int64_t i) { return sums + i * panel; };
+                backward.template add<true, false>(at, side, some, n, grad_query_of, nullptr, nullptr, [](int64_t) {});
             });
             for (int64_t i = 0; i < count; i++)
                 write_grad_query<E>(problem, TileRows(chunk, lanes, i), sums + i * panel, from.row_max, scratch, grad_query);
@@ -151,16 +137,20 @@ template <class E> class BlockGradients {
         memset(grad_value_, 0, tiles_.per_block * value_size_ * sizeof(float));
         int64_t first = tiles_.first[&sample - problem_.samples.data()];
         static const int64_t some[kGroup] = {0, 1, 2, 3, 4, 5, 6, 7};
-        for (int64_t i = 0; i < count * lanes_.tiles_per_query; i += kGroup) {
-            take(sample, head, queries, count, i);
+        int64_t all = count * lanes_.tiles_per_query;
+        for (int64_t i = 0; i < all; i += kGroup) {
+            take(sample, head, queries, i, std::min(i + kGroup, all));
             for (int64_t j = 0; j < tiles_.per_block; j++) {
                 int64_t k = block * tiles_.per_block + j;
                 BackwardTile<E> at{keys.plain(first + k, head), values.plain(first + k, head), nullptr, tiles_.span(k, sample.keys)};
-                backward_.template add<false, true>(at, side_, some, kGroup, [](int64_t) -> float * { return nullptr; },
-                                                    grad_key_ + j * key_size_, grad_value_ + j * value_size_, [&](int64_t t) {
+                // The next group's rows lie scattered: they are asked for between the products of this one.
+                auto ahead = [&](int64_t t) {
                     int64_t next = i + kGroup + t;
-                    if (j == 0 && next < count * lanes_.tiles_per_query) side_.prefetch(from_, rows_of(sample, head, queries, next));
-                });
+                    if (j == 0 && next < all) side_.prefetch(from_, rows_of(sample, head, queries, next));
+                };
+                auto no_query = [](int64_t) -> float * { return nullptr; };
+                backward_.template add<false, true>(at, side_, some, kGroup, no_query, grad_key_ + j * key_size_,
+                                                    grad_value_ + j * value_size_, ahead);
             }
         }
         write(sample, head, block, grad_key, grad_value);
@@ -171,11 +161,9 @@ template <class E> class BlockGradients {
         int64_t token = sample.q_start + queries[i / lanes_.tiles_per_query];
         return TileRows({&sample, head, token, token + 1}, lanes_, i % lanes_.tiles_per_query);
     }
-    void take(const Sample &sample, int64_t head, const int32_t *queries, int64_t count, int64_t start) {
-        int64_t all = count * lanes_.tiles_per_query, stop = std::min(start + kGroup, all);
-        for (int64_t i = start; i < stop; i++) {
-            side_.take(i - start, from_, rows_of(sample, head, queries, i), [&](int64_t at) { return lists_.see(sample, at, head); }, true);
-        }
+    void take(const Sample &sample, int64_t head, const int32_t *queries, int64_t start, int64_t stop) {
+        auto see = [&](int64_t token) { return lists_.see(sample, token, head); };
+        for (int64_t i = start; i < stop; i++) side_.take(i - start, from_, rows_of(sample, head, queries, i), see, true);
         side_.fill(stop - start);
     }
     void write(const Sample &sample, int64_t head, int64_t block, void *grad_key, void *grad_value) {
