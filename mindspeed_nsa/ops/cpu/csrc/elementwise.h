@@ -161,8 +161,10 @@ inline void gated_sum_backward(const Gated &at, const NsaTensor &grad, void *gra
                     float by = open[(i - rows.first) * 3 + j];
                     read_row(at.type, at.row(j, i), at.dim, row);
                     grads[j] = dot(from, row, at.dim) * by * (1 - by);
-                    for (int64_t d = 0; d < at.dim; d++) row[d] = from[d] * by;
-                    write_row(at.type, row, at.dim, row_of(grad_branches[j], at.type, i, at.dim));
+                    with_type(at.type, [&](auto as) {
+                        auto to = static_cast<typename decltype(as)::Stored *>(row_of(grad_branches[j], at.type, i, at.dim));
+                        for (int64_t d = 0; d < at.dim; d++) to[d] = as.write(from[d] * by);
+                    });
                 }
                 write_row(at.gate_type, grads, 3, static_cast<char *>(grad_gate) + i * 3 * type_size(at.gate_type));
             }
