@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from mindspeed_nsa.attention import BRANCHES, NativeSparseAttention
 from mindspeed_nsa.config import NSAConfig
-from mindspeed_nsa.context_parallel import KINDS, Exchange
+from mindspeed_nsa.context_parallel import KINDS, Exchange, gather_sequence, own_pieces
 from mindspeed_nsa.heads import split_heads
+from mindspeed_nsa.samples import Samples
 
 # `linear_qkv` keeps a dense layer's shape and feeds this branch, which equals dense attention on short samples.
 _DENSE_BRANCH = BRANCHES.index("select")
@@ -205,6 +206,9 @@ class NSASelfAttention(SelfAttention):
         if attention_bias is not None or named.get("inference_context") is not None:
             raise ValueError("NSA takes no attention_bias and no inference_context: it trains only")
         gate = None if self.linear_gate is None else self.linear_gate(hidden_states)[0]
+        exchange, packed = self.core_attention.exchange, named.get("packed_seq_params")
+        if exchange is not None and packed is not None and named.get("rotary_pos_emb") is not None:
+            named["rotary_pos_emb"] = _rotary_of_samples(named["rotary_pos_emb"], packed, exchange.group)
         return super().forward(hidden_states, attention_mask, *rest, attention_bias=gate, **named)
 
     def get_query_key_value_tensors(
@@ -590,6 +594,13 @@ def _packed(branches: Sequence[Tensor]) -> Any:
     """One tensor for all branches, or one for each, packed."""
     packed = tuple(_pack(branch) for branch in branches)
     return packed if len(packed) > 1 else packed[0]
+
+
+def _rotary_of_samples(rotary_pos_emb: Tensor, packed: PackedSeqParams, group: torch.distributed.ProcessGroup) -> Tensor:
+    """This rank's rotary angles [s, 1, 1, d], counted from the start of each sample instead of the sequence."""
+    angles = gather_sequence(rotary_pos_emb, group)
+    position = Samples(tuple(_prefix_sums(packed))).whole.positions(angles.device)
+    return angles[own_pieces(position, 0, group.size(), group.rank())]
 
 
 def _prefix_sums(packed: PackedSeqParams) -> list[int]:

@@ -353,8 +353,8 @@ def _mean_loss(loss_mask: Tensor, counted: Tensor, losses: Tensor) -> tuple[Tens
 def _packed(position_ids: Tensor, context_parallel_size: int) -> PackedSeqParams:
     """The documents of one sequence, each of which starts at position 0.
 
-    Over context-parallel ranks Megatron would cut each document: there the format says that rotary positions run through the
-    sequence, which only differences of positions feel, and the bounds reach the attention alone.
+    Over context-parallel ranks Megatron would cut each document: there the format says that the sequence is one, and the bounds
+    reach the attention alone.
 
     Args:
         position_ids: `[1, s]`, of the whole sequence.
