@@ -97,7 +97,7 @@ class NativeSparseAttention(nn.Module):
         branches = (pooled, (keys[1], values[1]), (keys[2], values[2]))
         done = [
             self._attend(queries, gates, self._visible(branches, part), part, at, backend)
-            for part, at, queries, gates in zip(parts, settings, query.split(sizes), gate.split(sizes), strict=True)
+            for part, at, queries, gates in zip(parts, settings, _cut(query, sizes), _cut(gate, sizes), strict=True)
         ]
         attention, topk_indices = ([each[i] for each in done] for i in range(2))
         if self.collect_statistics:
@@ -107,7 +107,10 @@ class NativeSparseAttention(nn.Module):
     def _visible(self, branches: Sequence[tuple[Tensor, Tensor]], part: Part) -> list[tuple[Tensor, Tensor]]:
         """Key and value of each branch, as far as the queries of a part see them."""
         windows = part.windows(self.config.compress_block_size, self.config.compress_stride)
-        return [(key[seen], value[seen]) for (key, value), seen in zip(branches, (windows, part.keys, part.keys), strict=True)]
+        return [
+            (_within(key, seen), _within(value, seen))
+            for (key, value), seen in zip(branches, (windows, part.keys, part.keys), strict=True)
+        ]
 
     def _attend(
         self, query: Tensor, gate: Tensor, branches: Sequence[tuple[Tensor, Tensor]], part: Part, at: Compressed, backend: str
@@ -177,6 +180,16 @@ class NativeSparseAttention(nn.Module):
                     raise ValueError(f"{name} is {list(tensor.shape)}; allowed: {list(shape)}")
                 if not tensor.is_floating_point() or (name != "gate" and tensor.dtype != query.dtype):
                     raise ValueError(f"{name} is {tensor.dtype}; allowed: one floating point type for query, key and value")
+
+
+def _cut(tensor: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """Rows in runs of `sizes`; a single one is the tensor itself, whose gradient is then not put together."""
+    return [tensor] if len(sizes) == 1 else tensor.split(sizes)
+
+
+def _within(tensor: Tensor, rows: slice) -> Tensor:
+    """Rows of a tensor; all of them are the tensor itself, whose gradient is then not copied."""
+    return tensor if (rows.start, rows.stop) == (0, tensor.shape[0]) else tensor[rows]
 
 
 def _check_heads(config: NSAConfig, head_num: int, kv_head_num: int, qk_head_dim: int, v_head_dim: int) -> None:
