@@ -157,7 +157,6 @@ inline std::vector<Chunk> compressed_chunks(const Problem &problem, const Compre
 template <class E>
 void compressed_pass(const Problem &problem, const CompressedPass &pass, const NsaTensor &query, const NsaTensor &key,
                      const NsaTensor &value) {
-    if (pass.attention) problem.will_write(pass.attention, problem.at.v_dim);
     Sight sight{0, pass.at.compress_block_size, pass.at.compress_stride};
     KeyTiles tiles(problem, kKeys);
     PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, true, false);
@@ -180,7 +179,7 @@ void compressed_pass(const Problem &problem, const CompressedPass &pass, const N
             forward.begin(chunk, lanes, query, [&](int64_t token) { return sight.of(sample, sample.position(token)); }, never);
             if (score) scores.begin(count, pass.blocks(b));
             auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
-            pair_up<kTiles>(sample, tiles, tile, count, [&](int64_t k, const int64_t *some, int n) {
+            pair_up(sample, tiles, tile, count, [&](int64_t k, const int64_t *some, int n) {
                 const typename E::In *v = pass.attention ? values.transposed(first + k, chunk.head) : nullptr;
                 KeyTile<E> keys_of{keys.plain(first + k, chunk.head), v, tiles.span(k, sample.keys)};
                 if (!score) return forward.attend(keys_of, some, n);

@@ -2,18 +2,24 @@
 
 constexpr int64_t kChunkTiles = 64; // tiles of lanes of a chunk: with what belongs to them they fit into the second cache
 
-// Calls run(tile of keys, tiles of lanes, how many) for all that see one another.
-template <int most, class Tile, class Run>
+// Calls run(tile of keys, tiles of lanes, how many) for all that see one another, key tile by key tile.
+template <class Tile, class Run>
 inline void pair_up(const Sample &sample, const KeyTiles &keys, const Tile &tile, int64_t tiles, const Run &run) {
-    for (int64_t i = 0; i < tiles; i += most) {
-        int64_t some[most], n = std::min<int64_t>(most, tiles - i), first = sample.keys, last = 0;
-        for (int64_t j = 0; j < n; j++) {
-            some[j] = i + j;
-            first = std::min<int64_t>(first, tile(i + j).lowest_first);
-            last = std::max<int64_t>(last, tile(i + j).highest_last);
-        }
-        for (int64_t k = first / keys.block_size; keys.start(k) < last; k++) run(k, some, int(n));
+    int64_t first = sample.keys, last = 0;
+    for (int64_t i = 0; i < tiles; i++) {
+        first = std::min<int64_t>(first, tile(i).lowest_first);
+        last = std::max<int64_t>(last, tile(i).highest_last);
     }
+    for (int64_t k = first / keys.block_size; keys.start(k) < last; k++)
+        for (int64_t i = 0; i < tiles; i += kTiles) {
+            int64_t some[kTiles], n = std::min<int64_t>(kTiles, tiles - i);
+            bool any = false;
+            for (int64_t j = 0; j < n; j++) {
+                some[j] = i + j;
+                any |= tile(i + j).sees(keys.span(k, sample.keys));
+            }
+            if (any) run(k, some, int(n));
+        }
 }
 
 inline bool never(int64_t) { return false; }
@@ -22,7 +28,6 @@ template <class E>
 void window_forward(const Problem &problem, int64_t window_size, const NsaTensor &query, const NsaTensor &key,
                     const NsaTensor &value, void *attention, float *row_max, float *row_sum) {
     Sight sight{window_size, 0, 0};
-    problem.will_write(attention, problem.at.v_dim);
     KeyTiles tiles(problem, kKeys);
     PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, true, false);
     PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, false, true);
@@ -36,7 +41,7 @@ void window_forward(const Problem &problem, int64_t window_size, const NsaTensor
             int64_t first_tile = tiles.first[chunk.sample - problem.samples.data()];
             forward.begin(chunk, lanes, query, [&](int64_t token) { return sight.of(sample, sample.position(token)); }, never);
             auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
-            pair_up<kTiles>(sample, tiles, tile, lanes.tiles(chunk.size()), [&](int64_t k, const int64_t *some, int n) {
+            pair_up(sample, tiles, tile, lanes.tiles(chunk.size()), [&](int64_t k, const int64_t *some, int n) {
                 forward.attend({keys.plain(first_tile + k, chunk.head), values.transposed(first_tile + k, chunk.head),
                                 tiles.span(k, sample.keys)}, some, n);
             });
@@ -77,14 +82,14 @@ inline void dense_backward_chunk(const Problem &problem, const Sight &sight, con
     for (int64_t i = 0; i < count; i++) side.take(i, from, TileRows(chunk, lanes, i), see, true);
     side.fill(count);
     int64_t panel = problem.qk_pad * kLanes;
-    memset(grad_query, 0, round_up(count, kGroup) * panel * sizeof(float));
+    memset(grad_query, 0, round_up(count, kTiles) * panel * sizeof(float));
     auto tile = [&](int64_t i) -> LaneTile & { return side.tile(i); };
-    pair_up<kGroup>(sample, keys, tile, round_up(count, kGroup), [&](int64_t k, const int64_t *some, int n) {
+    pair_up(sample, keys, tile, round_up(count, kTiles), [&](int64_t k, const int64_t *some, int n) {
         BackwardTile<E> at{packed[0]->plain(first + k, chunk.head), packed[1]->plain(first + k, chunk.head),
                            packed[0]->transposed(first + k, chunk.head), keys.span(k, sample.keys)};
         backward.template add<true, true>(
             at, side, some, n, [&](int64_t i) { return grad_query + i * panel; }, grad_key + k * keys.rows * problem.qk_pad,
-            grad_value + k * keys.rows * problem.v_pad, [](int64_t) {});
+            grad_value + k * keys.rows * problem.v_pad);
     });
 }
 
@@ -113,7 +118,6 @@ inline void sum_parts(const Problem &problem, const KeyTiles &keys, const std::v
 template <class E>
 void dense_backward(const Problem &problem, const Sight &sight, int64_t span, const Gradients &from, const NsaTensor &key,
                     const NsaTensor &value, void *grad_query, void *grad_key, void *grad_value) {
-    problem.will_write(grad_query, problem.at.qk_dim);
     KeyTiles tiles(problem, kKeys);
     PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, true, true);
     PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, true, false);
@@ -125,7 +129,7 @@ void dense_backward(const Problem &problem, const Sight &sight, int64_t span, co
     int64_t key_size = tiles.rows * problem.qk_pad, value_size = tiles.rows * problem.v_pad;
     Buffer<float> keys_partial(memory * key_size), values_partial(memory * value_size);
     parallel<typename E::Session>(problem.at.threads, int64_t(all.size()), [&] {
-        int64_t most = round_up(lanes.tiles(size), kGroup);
+        int64_t most = round_up(lanes.tiles(size), kTiles);
         return [&, side = QuerySide<E>(problem, most), backward = Backward<E>(problem), sums = Buffer<float>(most * panel),
                 scratch = Buffer<float>(kLanes * problem.qk_pad)](int64_t task) mutable {
             const Part &part = all[task];

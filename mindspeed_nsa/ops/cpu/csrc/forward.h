@@ -80,7 +80,7 @@ template <class E> class Forward {
 
     Forward(const Problem &problem, int64_t tiles, bool attend = true)
         : problem_(problem), stage_(problem.qk_pad), query_(tiles * problem.qk_pad * kLanes),
-          out_(attend ? tiles * problem.v_pad * kLanes : 0), tile_(tiles), logits_(2 * kKeys * kLanes),
+          out_(attend ? tiles * problem.v_pad * kLanes : 0), tile_(tiles), logits_(kTiles * kKeys * kLanes),
           weights_(kTiles * kKeys * kLanes), rows_(kLanes * problem.v_pad) {}
 
     LaneTile &tile(int64_t i) { return tile_[i]; }
@@ -109,14 +109,21 @@ template <class E> class Forward {
     template <bool observed, class Observe>
     void attend(const KeyTile<E> &keys, const int64_t *tiles, int n, const Observe &observe) {
         int64_t qk = problem_.qk_pad, v = problem_.v_pad, panel = kKeys * kLanes;
-        // Two tiles at a time, so that their logits stay in the first cache.
-        for (int i = 0; i < n; i += 2) {
-            int some = std::min(2, n - i);
-            multiply<E, false>(
-                keys.key, keys.span.rows, qk, some, [&](int64_t j) { return query_ + tiles[i + j] * qk * kLanes; },
-                [&](int64_t j) { return logits_ + j * panel; });
-            for (int j = 0; j < some; j++)
-                weigh_tile<observed>(keys.span, tiles[i + j], logits_ + j * panel, weights_ + (i + j) * panel, observe);
+        multiply<E, false>(
+            keys.key, keys.span.rows, qk, n, [&](int64_t j) { return query_ + tiles[j] * qk * kLanes; },
+            [&](int64_t j) { return logits_ + j * panel; });
+        for (int j = 0; j < n; j++) {
+            alignas(64) float highest[kLanes], factor[kLanes];
+            LaneTile &tile = tile_[tiles[j]];
+            float *logits = logits_ + j * panel, slope = problem_.slope;
+            bool masked = !tile.sees_all(keys.span);
+            auto find = masked ? find_highest<true> : find_highest<false>;
+            find(logits, keys.span, slope, tile, highest);
+            bool raised = raise_level(tile, highest, factor);
+            if (raised && out_) rescale(out_ + tiles[j] * v * kLanes, v, factor);
+            auto weigh_tile = masked ? weigh<E, true, observed> : weigh<E, false, observed>;
+            weigh_tile(logits, keys.span, slope, tile, weights_ + j * panel);
+            observe(tiles[j], logits, raised ? factor : nullptr);
         }
         if (!out_) return;
         multiply<E, true>(
@@ -149,20 +156,6 @@ template <class E> class Forward {
     }
 
   private:
-    template <bool observed, class Observe>
-    void weigh_tile(Span keys, int64_t i, float *logits, In *weights, const Observe &observe) {
-        alignas(64) float highest[kLanes], factor[kLanes];
-        LaneTile &tile = tile_[i];
-        bool masked = !tile.sees_all(keys);
-        auto find = masked ? find_highest<true> : find_highest<false>;
-        find(logits, keys, problem_.slope, tile, highest);
-        bool raised = raise_level(tile, highest, factor);
-        if (raised && out_) rescale(out_ + i * problem_.v_pad * kLanes, problem_.v_pad, factor);
-        auto run = masked ? weigh<E, true, observed> : weigh<E, false, observed>;
-        run(logits, keys, problem_.slope, tile, weights);
-        observe(i, logits, raised ? factor : nullptr);
-    }
-
     const Problem &problem_;
     int64_t tiles_ = 0;
     RowStage<E> stage_;

@@ -1,7 +1,6 @@
 // Keys, values and query rows in the form that an engine multiplies.
 
-constexpr int kTiles = 4; // most tiles of lanes that attend together; even
-constexpr int kGroup = 8; // tiles of lanes whose gradients of keys and values are summed at once
+constexpr int kTiles = 4; // most tiles of lanes that are worked on together; even
 
 // Two panels at a time, as the engines take them; n panels, of which panel j has b(j) and c(j).
 template <class E, bool accumulate, class B, class C>

@@ -13,13 +13,9 @@ inline vi splat(int32_t x) { return x - vi{}; }
 inline vf pick(vi which, vf yes, vf no) { return which ? yes : no; }
 inline vf larger(vf x, vf y) { return x > y ? x : y; }
 inline float sum(vf x) {
-#if NSA_WIDTH == 16
-    return _mm512_reduce_add_ps((__m512)x);
-#else
     float total = 0;
     for (int i = 0; i < kWidth; i++) total += x[i];
     return total;
-#endif
 }
 
 // 2 to the x, to 2e-7; 0 below -126. Not for x above 127.
@@ -81,44 +77,24 @@ inline uint16_t to_bfloat(float x) {
 
 inline int64_t type_size(int32_t type) { return type == NSA_FLOAT32 ? 4 : 2; }
 
-struct Float32 {
-    using Stored = float;
-    static float read(Stored x) { return x; }
-    static Stored write(float x) { return x; }
-};
-struct Float16 {
-    using Stored = uint16_t;
-    static float read(Stored x) { return from_half(x); }
-    static Stored write(float x) { return to_half(x); }
-};
-struct Bfloat16 {
-    using Stored = uint16_t;
-    static float read(Stored x) { return from_bfloat(x); }
-    static Stored write(float x) { return to_bfloat(x); }
-};
-
-// Run with what reads and writes a type.
-template <class Run> inline void with_type(int32_t type, const Run &run) {
-    if (type == NSA_FLOAT32)
-        run(Float32());
-    else if (type == NSA_FLOAT16)
-        run(Float16());
-    else
-        run(Bfloat16());
-}
-
 inline void read_row(int32_t type, const void *from, int64_t count, float *to) {
-    with_type(type, [=](auto as) {
-        auto row = static_cast<const typename decltype(as)::Stored *>(from);
-        for (int64_t i = 0; i < count; i++) to[i] = as.read(row[i]);
-    });
+    auto half = static_cast<const uint16_t *>(from);
+    if (type == NSA_FLOAT32)
+        memcpy(to, from, count * 4);
+    else if (type == NSA_FLOAT16)
+        for (int64_t i = 0; i < count; i++) to[i] = from_half(half[i]);
+    else
+        for (int64_t i = 0; i < count; i++) to[i] = from_bfloat(half[i]);
 }
 
 inline void write_row(int32_t type, const float *from, int64_t count, void *to) {
-    with_type(type, [=](auto as) {
-        auto row = static_cast<typename decltype(as)::Stored *>(to);
-        for (int64_t i = 0; i < count; i++) row[i] = as.write(from[i]);
-    });
+    auto half = static_cast<uint16_t *>(to);
+    if (type == NSA_FLOAT32)
+        memcpy(to, from, count * 4);
+    else if (type == NSA_FLOAT16)
+        for (int64_t i = 0; i < count; i++) half[i] = to_half(from[i]);
+    else
+        for (int64_t i = 0; i < count; i++) half[i] = to_bfloat(from[i]);
 }
 
 inline const void *row_of(const NsaTensor &tensor, int32_t type, int64_t token, int64_t head) {
