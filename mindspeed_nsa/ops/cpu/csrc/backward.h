@@ -120,7 +120,9 @@ inline void differentiate(const float *const *logits, const float *const *grads,
             for (int j = 0; j < 2; j++)
                 for (int t = 0; t < 2; t++) {
                     int64_t at = (i + j) * kLanes + lane;
-                    vf x = exp2(load(logits[t] + at) * slope - level[t]) * inverse[t], y = load(grads[t] + at) - delta[t];
+                    // At most the maximum, but for the rounding of logits that are huge.
+                    vf x = exp2(at_most(0, load(logits[t] + at) * slope - level[t])) * inverse[t];
+                    vf y = load(grads[t] + at) - delta[t];
                     if (masked) {
                         vi seen = visible(*tiles[t], lane, keys, i + j);
                         x = pick(seen, x, vf{});

@@ -63,7 +63,7 @@ inline void weigh(float *logits, Span keys, float slope, LaneTile &tile, typenam
             vf weight[2];
             for (int j = 0; j < 2; j++) {
                 float *at = logits + (i + j) * kLanes + lane;
-                weight[j] = exp2(load(at) * slope - level);
+                weight[j] = exp2(at_most(kSlack, load(at) * slope - level)); // more by the rounding of huge logits alone
                 if (masked) weight[j] = pick(visible(tile, lane, keys, i + j), weight[j], vf{});
                 total[j] += weight[j];
                 if (keep) store(at, weight[j]);
@@ -147,7 +147,7 @@ template <class E> class Forward {
                 int64_t at = rows.token[lane] * problem_.at.query_heads + rows.head[lane];
                 float total = tile.total[lane], top = blind(rows.token[lane]) ? kLowest : tile.top[lane] * kLn2;
                 row_max[at] = total > 0 ? top : total; // a row that sees nothing: 0; a NaN stays one
-                row_sum[at] = total > 0 ? total * std::exp2(tile.level[lane] - tile.top[lane]) : total;
+                row_sum[at] = total > 0 ? total * std::exp2(std::max(tile.level[lane] - tile.top[lane], -kSlack)) : total;
                 float inverse = total == 0 ? 0 : 1 / total, *row = rows_ + lane * v;
                 for (int64_t d = 0; d < v; d += kWidth) store(row + d, load(row + d) * inverse);
                 write_row(problem_.at.type, row, problem_.at.v_dim, row_of(attention, problem_.at.type, at, problem_.at.v_dim));

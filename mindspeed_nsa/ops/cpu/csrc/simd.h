@@ -12,6 +12,7 @@ inline vf splat(float x) { return x - vf{}; }
 inline vi splat(int32_t x) { return x - vi{}; }
 inline vf pick(vi which, vf yes, vf no) { return which ? yes : no; }
 inline vf larger(vf x, vf y) { return x > y ? x : y; }
+inline vf at_most(float limit, vf x) { return x > splat(limit) ? splat(limit) : x; } // a NaN stays one
 inline float sum(vf x) {
     float total = 0;
     for (int i = 0; i < kWidth; i++) total += x[i];
