@@ -240,22 +240,21 @@ def test_no_tensor_of_tokens_times_tokens():
 
 
 LONG = """
-import resource, torch
+import torch
 from mindspeed_nsa import NativeSparseAttention, NSAConfig
+from mindspeed_nsa.bench.measure import peak_bytes
 nsa = NativeSparseAttention(NSAConfig(backend="reference"), 16, 1, 32, 32)
 shapes = ((16, 32), (1, 32), (1, 32), (16, 3))
 inputs = [torch.randn(32768, *shape, requires_grad=True) for shape in shapes]
-out = nsa(*inputs)
-out.sum().backward()
+print(peak_bytes(lambda: nsa(*inputs).sum().backward()))
 assert all(x.grad.isfinite().all() for x in inputs)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
 @pytest.mark.slow
 def test_long_samples_fit_in_memory():
     done = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 8e9
+    assert 0 < int(done.stdout) < 8e9
 
 
 # ---- graphs

@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int64_t kTokens = 150, kHeads = 6, kKvHeads = 2, kQk = 40, kV = 24, kCount = 3, kWindows = 36;
+constexpr int64_t kTokens = 150, kHeads = 6, kKvHeads = 2, kQk = 40, kV = 24, kCount = 3, kWindows = 35;
 constexpr int64_t kEnds[] = {21, kTokens}, kWindowEnds[] = {4, kWindows}, kBlockEnds[] = {2, 11}, kOffsets[] = {0, 0};
 constexpr int64_t kBlock = 16, kCompressBlock = 8, kStride = 4;
 

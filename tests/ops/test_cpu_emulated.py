@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow  # two builds of the kernels
 SOURCES = Path(reference.__file__).parent / "cpu/csrc"
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOKENS, HEADS, KV_HEADS, DIMS, ENDS = 150, 6, 2, (40, 24), [21, 150]
-AT = Compressed(0.25, 8, 4, 16, 3, True, 1, 1, True, "ascend", ENDS, [4, 36], [2, 11], [0, 0])
+AT = Compressed(0.25, 8, 4, 16, 3, True, 1, 1, True, "ascend", ENDS, [4, 35], [2, 11], [0, 0])
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,8 @@ def test_on_another_processor(build, compiler, emulator, model, isa):
         pytest.skip(f"there is no {emulator}")
     environment = {name: value for name, value in os.environ.items() if name != "NSA_CPU_ISA"}
     done = subprocess.run([emulator, "-cpu", model, build(compiler)], env=environment, capture_output=True, check=False)
-    assert (done.returncode, done.stderr.decode().splitlines()[-1:]) == (0, [isa]), done.stderr.decode()
+    said = [line for line in done.stderr.decode().splitlines() if not line.startswith("qemu")]  # it warns of what it lacks
+    assert (done.returncode, said) == (0, [isa])
     check(done.stdout)
 
 
@@ -85,9 +86,9 @@ def check(output):
 
     for dtype in TYPES:
         query, key, value = rand(TOKENS, HEADS, DIMS[0]), rand(TOKENS, KV_HEADS, DIMS[0]), rand(TOKENS, KV_HEADS, DIMS[1])
-        grad, few_keys, few_values = rand(TOKENS, HEADS, DIMS[1]), rand(36, KV_HEADS, DIMS[0]), rand(36, KV_HEADS, DIMS[1])
+        grad, few_keys, few_values = rand(TOKENS, HEADS, DIMS[1]), rand(35, KV_HEADS, DIMS[0]), rand(35, KV_HEADS, DIMS[1])
         gate, weight = rand(TOKENS, HEADS, 3), rand(8, KV_HEADS)
-        near(take(dtype, 36, KV_HEADS, DIMS[0]), reference.compress(key, weight, 8, 4, ENDS))
+        near(take(dtype, 35, KV_HEADS, DIMS[0]), reference.compress(key, weight, 8, 4, ENDS))
         at = Window(0.25, 40, ENDS, ENDS, [0, 0])
         attention(take, dtype, "window", at, grad, query, key, value)
         out, ids, *_ = reference.compress_attention(query, few_keys, few_values, None, None, *AT)
