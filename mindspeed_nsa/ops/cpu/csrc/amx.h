@@ -3,8 +3,16 @@
 struct Amx {
     using In = uint16_t;
 
+    // Of the product of four tiles of C: of one, two or four tiles of rows and four, two or one panels.
+    struct Operands {
+        const In *a[4];
+        int64_t stride[2]; // four tiles have the first
+        const In *b[4];
+        float *c[4];
+    };
+
     // Tiles of 16 rows of 64 bytes, for the life of the object.
-    struct Session {
+    struct Session : FlushToZero {
         Session() {
             struct alignas(64) {
                 uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -15,7 +23,6 @@ struct Amx {
             __asm__ volatile("" : : "r"(&shape) : "memory"); // the intrinsic says it reads 8 bytes
             _tile_loadconfig(&shape);
         }
-        Session(const Session &) = delete;
         ~Session() { _tile_release(); }
     };
 
@@ -49,14 +56,28 @@ struct Amx {
     template <int panels, bool accumulate>
     static void multiply(const In *a, int64_t m, int64_t k, const In *const *b, float *const *c) {
         __asm__ volatile("" ::: "memory"); // the tile loads read what was stored before
-        int64_t i = 0;
+        int64_t i = 0, tile = kLanes * kLanes;
         if (panels == 2)
-            for (; i + 32 <= m; i += 32) block_2x2<accumulate>(a + i * k, k, b[0], b[1], c[0] + i * kLanes, c[1] + i * kLanes);
+            for (; i + 32 <= m; i += 32)
+                block<2, accumulate>({{a + i * k, a + (i + 16) * k}, {k, k}, {b[0], b[1]},
+                                      {c[0] + i * 16, c[1] + i * 16, c[0] + i * 16 + tile, c[1] + i * 16 + tile}}, k);
         for (int j = 0; j < panels; j++) {
             int64_t row = i;
-            for (; row + 64 <= m; row += 64) block_4x1<accumulate>(a + row * k, k, b[j], c[j] + row * kLanes);
-            for (; row < m; row += 16) block_1x1<accumulate>(a + row * k, k, b[j], c[j] + row * kLanes);
+            for (; row + 64 <= m; row += 64) {
+                const In *from = a + row * k;
+                float *to = c[j] + row * kLanes;
+                block<4, accumulate>({{from, from + 16 * k, from + 32 * k, from + 48 * k}, {k}, {b[j]},
+                                      {to, to + tile, to + 2 * tile, to + 3 * tile}}, k);
+            }
+            for (; row < m; row += 16) single<accumulate>(a + row * k, k, k, b[j], c[j] + row * kLanes);
         }
+    }
+    template <bool accumulate> static void multiply(const Times<In> &x) {
+        __asm__ volatile("" ::: "memory");
+        int64_t j = 0, width = x.a[1] ? 2 : 4;
+        for (; j + width <= x.panels; j += width)
+            x.a[1] ? block<2, accumulate>(operands(x, j), x.k) : block<1, accumulate>(operands(x, j), x.k);
+        for (; j < x.panels; j++) single<accumulate>(x.a[0], x.stride[0], x.k, x.panel(j), x.result(0, j));
     }
 
   private:
@@ -71,71 +92,74 @@ struct Amx {
         return _mm512_load_si512(at);
     }
 
-    template <bool accumulate>
-    static void block_2x2(const In *a, int64_t k, const In *b0, const In *b1, float *c0, float *c1) {
+    static Operands operands(const Times<In> &x, int64_t j) {
+        if (!x.a[1])
+            return {{x.a[0]}, {x.stride[0]}, {x.panel(j), x.panel(j + 1), x.panel(j + 2), x.panel(j + 3)},
+                    {x.result(0, j), x.result(0, j + 1), x.result(0, j + 2), x.result(0, j + 3)}};
+        return {{x.a[0], x.a[1]}, {x.stride[0], x.stride[1]}, {x.panel(j), x.panel(j + 1)},
+                {x.result(0, j), x.result(0, j + 1), x.result(1, j), x.result(1, j + 1)}};
+    }
+    template <bool accumulate> static void begin(const Operands &of) {
         if (accumulate) {
-            _tile_loadd(0, c0, 64);
-            _tile_loadd(1, c1, 64);
-            _tile_loadd(2, c0 + 256, 64);
-            _tile_loadd(3, c1 + 256, 64);
+            _tile_loadd(0, of.c[0], 64);
+            _tile_loadd(1, of.c[1], 64);
+            _tile_loadd(2, of.c[2], 64);
+            _tile_loadd(3, of.c[3], 64);
         } else {
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);
             _tile_zero(3);
         }
-        for (int64_t i = 0; i < k; i += 32) {
-            _tile_loadd(4, a + i, k * 2);
-            _tile_loadd(6, b0 + i * kLanes, 64);
-            _tile_loadd(7, b1 + i * kLanes, 64);
-            _tile_loadd(5, a + 16 * k + i, k * 2);
+    }
+    // Adds the products of 32 columns of A, from i on, and rows of B.
+    template <int tiles> static void add(const Operands &of, int64_t i) {
+        const In *b = of.b[0] + i * kLanes;
+        _tile_loadd(6, b, 64);
+        _tile_loadd(4, of.a[0] + i, of.stride[0] * 2);
+        if (tiles == 1) {
+            _tile_loadd(7, of.b[1] + i * kLanes, 64);
+            _tile_loadd(5, of.b[2] + i * kLanes, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(6, of.b[3] + i * kLanes, 64);
+            _tile_dpbf16ps(2, 4, 5);
+            _tile_dpbf16ps(3, 4, 6);
+        } else if (tiles == 2) {
+            _tile_loadd(7, of.b[1] + i * kLanes, 64);
+            _tile_loadd(5, of.a[1] + i, of.stride[1] * 2);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(0, c0, 64);
-        _tile_stored(1, c1, 64);
-        _tile_stored(2, c0 + 256, 64);
-        _tile_stored(3, c1 + 256, 64);
-    }
-
-    template <bool accumulate> static void block_4x1(const In *a, int64_t k, const In *b, float *c) {
-        if (accumulate) {
-            _tile_loadd(0, c, 64);
-            _tile_loadd(1, c + 256, 64);
-            _tile_loadd(2, c + 512, 64);
-            _tile_loadd(3, c + 768, 64);
         } else {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-        for (int64_t i = 0; i < k; i += 32) {
-            _tile_loadd(6, b + i * kLanes, 64);
-            _tile_loadd(4, a + i, k * 2);
-            _tile_loadd(5, a + 16 * k + i, k * 2);
+            _tile_loadd(5, of.a[1] + i, of.stride[0] * 2);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 5, 6);
-            _tile_loadd(4, a + 32 * k + i, k * 2);
-            _tile_loadd(5, a + 48 * k + i, k * 2);
+            _tile_loadd(4, of.a[2] + i, of.stride[0] * 2);
+            _tile_loadd(5, of.a[3] + i, of.stride[0] * 2);
             _tile_dpbf16ps(2, 4, 6);
             _tile_dpbf16ps(3, 5, 6);
         }
-        _tile_stored(0, c, 64);
-        _tile_stored(1, c + 256, 64);
-        _tile_stored(2, c + 512, 64);
-        _tile_stored(3, c + 768, 64);
     }
-
-    template <bool accumulate> static void block_1x1(const In *a, int64_t k, const In *b, float *c) {
+    static void end(const Operands &of) {
+        _tile_stored(0, of.c[0], 64);
+        _tile_stored(1, of.c[1], 64);
+        _tile_stored(2, of.c[2], 64);
+        _tile_stored(3, of.c[3], 64);
+    }
+    template <int tiles, bool accumulate> static void block(const Operands &of, int64_t k) {
+        begin<accumulate>(of);
+        for (int64_t i = 0; i < k; i += 32) add<tiles>(of, i);
+        end(of);
+    }
+    template <bool accumulate> static void single(const In *a, int64_t stride, int64_t k, const In *b, float *c) {
         if (accumulate)
             _tile_loadd(0, c, 64);
         else
             _tile_zero(0);
         for (int64_t i = 0; i < k; i += 32) {
-            _tile_loadd(4, a + i, k * 2);
+            _tile_loadd(4, a + i, stride * 2);
             _tile_loadd(6, b + i * kLanes, 64);
             _tile_dpbf16ps(0, 4, 6);
         }

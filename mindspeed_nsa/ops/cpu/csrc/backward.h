@@ -34,23 +34,32 @@ struct Gradients {
     }
 };
 
-// The queries of a chunk (or of a list) as backward reads them, in groups of kTiles tiles of lanes.
+// The queries of a chunk (or of a list) as backward reads them, in groups of kGroup tiles of lanes.
 template <class E> class QuerySide {
   public:
     using In = typename E::In;
 
     QuerySide(const Problem &problem, int64_t tiles)
-        : problem_(problem), query_stage_(problem.qk_pad), grad_stage_(problem.v_pad), tile_(tiles),
+        : problem_(problem), query_stage_(problem.at.qk_dim, problem.qk_pad, problem.at.scale < 0),
+          grad_stage_(problem.at.v_dim, problem.v_pad, false), tile_(tiles),
           query_t_(tiles * problem.qk_pad * kLanes), grad_t_(tiles * problem.v_pad * kLanes),
           query_(tiles * problem.qk_pad * kLanes), grad_(tiles * problem.v_pad * kLanes) {}
 
     LaneTile &tile(int64_t i) { return tile_[i]; }
     const In *query_t(int64_t i) const { return query_t_ + i * problem_.qk_pad * kLanes; }
     const In *grad_t(int64_t i) const { return grad_t_ + i * problem_.v_pad * kLanes; }
-    // Panel j of dims of the group's rows; a group starts at a multiple of kTiles.
-    const In *query(int64_t group, int64_t j) const { return query_ + (group * problem_.qk_pad + j * kGroup) * kLanes; }
-    const In *grad(int64_t group, int64_t j) const { return grad_ + (group * problem_.v_pad + j * kGroup) * kLanes; }
+    // Panel j of dims of the group's rows; a group starts at a multiple of kGroup.
+    const In *query(int64_t group, int64_t j) const { return query_ + (group * problem_.qk_pad + j * kRows) * kLanes; }
+    const In *grad(int64_t group, int64_t j) const { return grad_ + (group * problem_.v_pad + j * kRows) * kLanes; }
 
+    // Asks for rows that are taken later.
+    void prefetch(const Gradients &from, const TileRows &rows) const {
+        int32_t type = problem_.at.type;
+        for (int lane = 0; lane < kLanes && rows.used[lane]; lane++)
+            nsa::prefetch(row_of(from.query, type, rows.token[lane], rows.head[lane]), problem_.at.qk_dim * type_size(type));
+        for (int lane = 0; lane < kLanes && rows.used[lane]; lane++)
+            nsa::prefetch(row_of(from.grad, type, rows.token[lane], rows.head[lane]), problem_.at.v_dim * type_size(type));
+    }
     // Take the rows of tile `i`; `by_rows`: also as the gradients of keys and values read them.
     template <class See>
     void take(int64_t i, const Gradients &from, TileRows rows, const See &see, bool by_rows) {
@@ -68,40 +77,47 @@ template <class E> class QuerySide {
             tile.total[lane] = from.row_sum[at] == 0 ? 0 : 1 / from.row_sum[at];
             tile.delta[lane] = from.delta[at];
         }
-        int64_t qk = problem_.qk_pad, v = problem_.v_pad, group = i / kTiles * kTiles, inside = i % kTiles * kLanes * kLanes;
-        auto query_rows = query_stage_.gather(type, from.query, problem_.at.qk_dim, problem_.at.scale < 0, rows);
+        int64_t qk = problem_.qk_pad, v = problem_.v_pad, group = i / kGroup * kGroup, inside = i % kGroup * kLanes * kLanes;
+        auto query_rows = query_stage_.gather(type, from.query, rows);
         E::pack_columns(query_rows, qk, query_t_ + i * qk * kLanes);
-        if (by_rows) E::pack_rows(query_rows, qk, query_ + group * qk * kLanes + inside, kGroup * kLanes);
+        if (by_rows) E::pack_rows(query_rows, qk, query_ + group * qk * kLanes + inside, kRows * kLanes);
         memcpy(rows.used, all, sizeof all);
-        auto grad_rows = grad_stage_.gather(type, from.grad, problem_.at.v_dim, false, rows);
+        auto grad_rows = grad_stage_.gather(type, from.grad, rows);
         E::pack_columns(grad_rows, v, grad_t_ + i * v * kLanes);
-        if (by_rows) E::pack_rows(grad_rows, v, grad_ + group * v * kLanes + inside, kGroup * kLanes);
+        if (by_rows) E::pack_rows(grad_rows, v, grad_ + group * v * kLanes + inside, kRows * kLanes);
     }
     // Fill the rest of the last group with rows that weigh nothing.
     void fill(int64_t count) {
         int64_t qk = problem_.qk_pad, v = problem_.v_pad;
-        for (int64_t i = count; i % kTiles; i++) {
+        for (int64_t i = count; i % kGroup; i++) {
             LaneTile &tile = tile_[i];
             tile = tile_[count - 1];
             for (int lane = 0; lane < kLanes; lane++) tile.level[lane] = tile.total[lane] = tile.delta[lane] = 0;
-            int64_t group = i / kTiles * kTiles, inside = i % kTiles * kLanes * kLanes;
+            int64_t group = i / kGroup * kGroup, inside = i % kGroup * kLanes * kLanes;
             memset(query_t_ + i * qk * kLanes, 0, qk * kLanes * sizeof(In));
             memset(grad_t_ + i * v * kLanes, 0, v * kLanes * sizeof(In));
             for (int64_t j = 0; j < qk / 16; j++)
-                memset(query_ + (group * qk + j * kGroup) * kLanes + inside, 0, kLanes * kLanes * sizeof(In));
+                memset(query_ + (group * qk + j * kRows) * kLanes + inside, 0, kLanes * kLanes * sizeof(In));
             for (int64_t j = 0; j < v / 16; j++)
-                memset(grad_ + (group * v + j * kGroup) * kLanes + inside, 0, kLanes * kLanes * sizeof(In));
+                memset(grad_ + (group * v + j * kRows) * kLanes + inside, 0, kLanes * kLanes * sizeof(In));
         }
     }
 
   private:
-    static constexpr int64_t kGroup = kTiles * kLanes; // rows of a group
+    static constexpr int64_t kRows = kGroup * kLanes; // of a group
 
     const Problem &problem_;
     RowStage<E> query_stage_, grad_stage_;
     Buffer<LaneTile> tile_;
     Buffer<In> query_t_, grad_t_, query_, grad_;
 };
+
+// Which lanes see the i-th key of a tile.
+inline vi lanes_seeing(const LaneTile &tile, int lane, const Span &keys, int64_t i) {
+    if (i >= keys.count) return vi{};
+    vi at = splat(int32_t(keys.start + i));
+    return (load(tile.first + lane) <= at) & (load(tile.last + lane) > at);
+}
 
 // Probabilities and gradients of the logits, of two tiles of lanes: by rows of lanes, and as panels.
 template <class E, bool masked, bool rows_wanted, bool panels_wanted>
@@ -121,10 +137,10 @@ inline void differentiate(const float *const *logits, const float *const *grads,
                 for (int t = 0; t < 2; t++) {
                     int64_t at = (i + j) * kLanes + lane;
                     // At most the maximum, but for the rounding of logits that are huge.
-                    vf x = exp2(at_most(0, load(logits[t] + at) * slope - level[t])) * inverse[t];
+                    vf x = exp2(smaller(vf{}, load(logits[t] + at) * slope - level[t])) * inverse[t];
                     vf y = load(grads[t] + at) - delta[t];
                     if (masked) {
-                        vi seen = visible(*tiles[t], lane, keys, i + j);
+                        vi seen = lanes_seeing(*tiles[t], lane, keys, i + j);
                         x = pick(seen, x, vf{});
                         y = pick(seen, y, vf{});
                     }
@@ -151,19 +167,25 @@ template <class E> class Backward {
     using In = typename E::In;
 
     explicit Backward(const Problem &problem)
-        : problem_(problem), logits_(kTiles * kPanel), grads_(kTiles * kPanel), panels_(kTiles * kPanel),
-          by_row_(kTiles * kPanel), grad_by_row_(kTiles * kPanel) {}
+        : problem_(problem), logits_(2 * kPanel), grads_(2 * kPanel), panels_(kGroup * kPanel),
+          by_row_(kGroup * kPanel), grad_by_row_(kGroup * kPanel) {}
 
     // `n` tiles of lanes against a key tile. Adds to the gradients of the queries (`grad_query(tile)`: [qk_pad, lanes]) and, for a
-    // whole group of kTiles, of keys and values (panels of dims [rows, 16]).
-    template <bool to_query, bool to_keys, class GradQuery>
+    // whole group, of keys and values (panels of dims [rows, 16]). Between the products ahead(i) may do
+    // something else for tile i.
+    template <bool to_query, bool to_keys, class GradQuery, class Ahead>
     void add(const BackwardTile<E> &keys, QuerySide<E> &side, const int64_t *tiles, int n, const GradQuery &grad_query,
-             float *grad_key, float *grad_value) {
+             float *grad_key, float *grad_value, const Ahead &ahead) {
         int64_t qk = problem_.qk_pad, v = problem_.v_pad, rows = keys.span.rows, group = tiles[0];
         auto panel = [](auto *of) { return [of](int64_t j) { return of + j * kPanel; }; };
-        multiply<E, false>(keys.key, rows, qk, n, [&](int64_t j) { return side.query_t(tiles[j]); }, panel(&logits_[0]));
-        multiply<E, false>(keys.value, rows, v, n, [&](int64_t j) { return side.grad_t(tiles[j]); }, panel(&grads_[0]));
-        for (int j = 0; j < n; j += 2) differentiate_pair<to_query, to_keys>(keys, side, tiles, j, std::min(j + 1, n - 1));
+        for (int i = 0; i < n; i += 2) { // two at a time, so that their logits stay in the first cache
+            int some = std::min(2, n - i);
+            multiply<E, false>(keys.key, rows, qk, some, [&](int64_t j) { return side.query_t(tiles[i + j]); }, panel(&logits_[0]));
+            ahead(i);
+            multiply<E, false>(keys.value, rows, v, some, [&](int64_t j) { return side.grad_t(tiles[i + j]); }, panel(&grads_[0]));
+            ahead(i + 1);
+            differentiate_pair<to_query, to_keys>(keys, side, tiles, i, i + some - 1);
+        }
         if (to_query) multiply<E, true>(keys.key_t, qk, rows, n, panel(&panels_[0]), [&](int64_t j) { return grad_query(tiles[j]); });
         if (!to_keys) return;
         multiply<E, true>(by_row_, rows, kRow, v / 16, [&](int64_t j) { return side.grad(group, j); },
@@ -173,12 +195,12 @@ template <class E> class Backward {
     }
 
   private:
-    static constexpr int64_t kPanel = kKeys * kLanes, kRow = kTiles * kLanes;
+    static constexpr int64_t kPanel = kKeys * kLanes, kRow = kGroup * kLanes;
 
     template <bool to_query, bool to_keys>
     void differentiate_pair(const BackwardTile<E> &keys, QuerySide<E> &side, const int64_t *tiles, int j, int other) {
-        const float *logits[2] = {logits_ + j * kPanel, logits_ + other * kPanel};
-        const float *grads[2] = {grads_ + j * kPanel, grads_ + other * kPanel};
+        const float *logits[2] = {logits_, logits_ + (other - j) * kPanel};
+        const float *grads[2] = {grads_, grads_ + (other - j) * kPanel};
         LaneTile *lanes[2] = {&side.tile(tiles[j]), &side.tile(tiles[other])};
         In *panels[2] = {panels_ + j * kPanel, panels_ + (j + 1) * kPanel};
         bool masked = !lanes[0]->sees_all(keys.span) || !lanes[1]->sees_all(keys.span);

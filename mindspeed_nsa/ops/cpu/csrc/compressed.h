@@ -69,7 +69,9 @@ class Scores {
     }
     void add(int64_t tile, const float *weights, const float *factor, int64_t start, int64_t rows) {
         float *scores = by_lane_ + tile * most_ * kLanes;
-        if (factor && start) rescale(scores, std::min(blocks_, (start + importance_.before) / importance_.per_block + 1), factor);
+        int64_t known = start ? std::min(blocks_, (start + importance_.before) / importance_.per_block + 1) : 0;
+        for (int64_t i = 0; factor && i < known * kLanes; i += kWidth)
+            store(scores + i, load(scores + i) * load(factor + i % kLanes));
         importance_.add(weights, start, rows, blocks_, scores);
     }
     // Scores of a query, summed over its heads: those in lanes `first` to `last` of a tile, times their `inverse` sums.
@@ -157,14 +159,16 @@ inline std::vector<Chunk> compressed_chunks(const Problem &problem, const Compre
 template <class E>
 void compressed_pass(const Problem &problem, const CompressedPass &pass, const NsaTensor &query, const NsaTensor &key,
                      const NsaTensor &value) {
+    if (pass.attention) problem.will_write(pass.attention, problem.at.v_dim);
     Sight sight{0, pass.at.compress_block_size, pass.at.compress_stride};
-    KeyTiles tiles(problem, kKeys);
-    PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, true, false);
-    PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, false, pass.attention != nullptr);
+    KeyTiles tiles(problem, 128);
+    PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, {kColumns});
+    std::initializer_list<Form> none, panels = {kPanels};
+    PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, pass.attention ? panels : none);
     Lanes lanes(problem.group, true);
     bool scored = pass.scores || pass.at.select_block_count;
     int64_t bytes = std::max<int64_t>(scored ? pass.most_blocks * kLanes * 4 : 0, 1);
-    int64_t size = lanes.queries(std::min<int64_t>(std::max<int64_t>((3 << 18) / bytes, kTiles), kChunkTiles));
+    int64_t size = lanes.queries(std::min<int64_t>(std::max<int64_t>((2 << 18) / bytes, kTiles), kChunkTiles));
     auto work = compressed_chunks(problem, pass, size);
     parallel<typename E::Session>(problem.at.threads, int64_t(work.size()), [&] {
         int64_t most = lanes.tiles(size);
@@ -179,16 +183,16 @@ void compressed_pass(const Problem &problem, const CompressedPass &pass, const N
             forward.begin(chunk, lanes, query, [&](int64_t token) { return sight.of(sample, sample.position(token)); }, never);
             if (score) scores.begin(count, pass.blocks(b));
             auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
-            pair_up(sample, tiles, tile, count, [&](int64_t k, const int64_t *some, int n) {
-                const typename E::In *v = pass.attention ? values.transposed(first + k, chunk.head) : nullptr;
-                KeyTile<E> keys_of{keys.plain(first + k, chunk.head), v, tiles.span(k, sample.keys)};
+            pair_up<kTiles>(sample, tiles, tile, count, [&](int64_t k, const int64_t *some, int n) {
+                const typename E::In *v = pass.attention ? values.at(kPanels, first + k, chunk.head) : nullptr;
+                KeyTile<E> keys_of{keys.at(kColumns, first + k, chunk.head), v, tiles.span(k, sample.keys)};
                 if (!score) return forward.attend(keys_of, some, n);
                 forward.template attend<true>(keys_of, some, n, [&](int64_t i, const float *weights, const float *factor) {
                     scores.add(i, weights, factor, keys_of.span.start, keys_of.span.rows);
                 });
             });
             choose_blocks(problem, pass, chunk, lanes, forward, scores, chooser);
-            if (pass.attention) forward.finish(chunk, lanes, never, pass.attention, pass.row_max, pass.row_sum);
+            if (pass.attention) forward.finish(chunk, lanes, pass.attention, pass.row_max, pass.row_sum);
         };
     });
 }

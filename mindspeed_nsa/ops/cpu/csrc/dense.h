@@ -2,23 +2,22 @@
 
 constexpr int64_t kChunkTiles = 64; // tiles of lanes of a chunk: with what belongs to them they fit into the second cache
 
-// Calls run(tile of keys, tiles of lanes, how many) for all that see one another, key tile by key tile.
-template <class Tile, class Run>
+constexpr int64_t kStretch = 4; // tiles of keys that stay in the second cache while all tiles of lanes of a chunk see them
+
+// Calls run(tile of keys, tiles of lanes, how many) for all that see one another; those of a tile of lanes in the order of keys.
+template <int most, class Tile, class Run>
 inline void pair_up(const Sample &sample, const KeyTiles &keys, const Tile &tile, int64_t tiles, const Run &run) {
-    int64_t first = sample.keys, last = 0;
-    for (int64_t i = 0; i < tiles; i++) {
-        first = std::min<int64_t>(first, tile(i).lowest_first);
-        last = std::max<int64_t>(last, tile(i).highest_last);
-    }
-    for (int64_t k = first / keys.block_size; keys.start(k) < last; k++)
-        for (int64_t i = 0; i < tiles; i += kTiles) {
-            int64_t some[kTiles], n = std::min<int64_t>(kTiles, tiles - i);
-            bool any = false;
+    int64_t all = ceil_div(sample.keys, keys.block_size);
+    for (int64_t stretch = 0; stretch < all; stretch += kStretch)
+        for (int64_t i = 0; i < tiles; i += most) {
+            int64_t some[most], n = std::min<int64_t>(most, tiles - i), first = sample.keys, last = 0;
             for (int64_t j = 0; j < n; j++) {
                 some[j] = i + j;
-                any |= tile(i + j).sees(keys.span(k, sample.keys));
+                first = std::min<int64_t>(first, tile(i + j).lowest_first);
+                last = std::max<int64_t>(last, tile(i + j).highest_last);
             }
-            if (any) run(k, some, int(n));
+            int64_t start = std::max(first / keys.block_size, stretch);
+            for (int64_t k = start; k < stretch + kStretch && keys.start(k) < last; k++) run(k, some, int(n));
         }
 }
 
@@ -28,9 +27,10 @@ template <class E>
 void window_forward(const Problem &problem, int64_t window_size, const NsaTensor &query, const NsaTensor &key,
                     const NsaTensor &value, void *attention, float *row_max, float *row_sum) {
     Sight sight{window_size, 0, 0};
-    KeyTiles tiles(problem, kKeys);
-    PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, true, false);
-    PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, false, true);
+    problem.will_write(attention, problem.at.v_dim);
+    KeyTiles tiles(problem, 64);
+    PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, {kColumns});
+    PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, {kPanels});
     Lanes lanes(problem.group, true);
     int64_t size = lanes.queries(kChunkTiles);
     auto work = chunks(problem, size);
@@ -41,11 +41,11 @@ void window_forward(const Problem &problem, int64_t window_size, const NsaTensor
             int64_t first_tile = tiles.first[chunk.sample - problem.samples.data()];
             forward.begin(chunk, lanes, query, [&](int64_t token) { return sight.of(sample, sample.position(token)); }, never);
             auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
-            pair_up(sample, tiles, tile, lanes.tiles(chunk.size()), [&](int64_t k, const int64_t *some, int n) {
-                forward.attend({keys.plain(first_tile + k, chunk.head), values.transposed(first_tile + k, chunk.head),
+            pair_up<kTiles>(sample, tiles, tile, lanes.tiles(chunk.size()), [&](int64_t k, const int64_t *some, int n) {
+                forward.attend({keys.at(kColumns, first_tile + k, chunk.head), values.at(kPanels, first_tile + k, chunk.head),
                                 tiles.span(k, sample.keys)}, some, n);
             });
-            forward.finish(chunk, lanes, never, attention, row_max, row_sum);
+            forward.finish(chunk, lanes, attention, row_max, row_sum);
         };
     });
 }
@@ -82,14 +82,14 @@ inline void dense_backward_chunk(const Problem &problem, const Sight &sight, con
     for (int64_t i = 0; i < count; i++) side.take(i, from, TileRows(chunk, lanes, i), see, true);
     side.fill(count);
     int64_t panel = problem.qk_pad * kLanes;
-    memset(grad_query, 0, round_up(count, kTiles) * panel * sizeof(float));
+    memset(grad_query, 0, round_up(count, kGroup) * panel * sizeof(float));
     auto tile = [&](int64_t i) -> LaneTile & { return side.tile(i); };
-    pair_up(sample, keys, tile, round_up(count, kTiles), [&](int64_t k, const int64_t *some, int n) {
-        BackwardTile<E> at{packed[0]->plain(first + k, chunk.head), packed[1]->plain(first + k, chunk.head),
-                           packed[0]->transposed(first + k, chunk.head), keys.span(k, sample.keys)};
+    pair_up<kGroup>(sample, keys, tile, round_up(count, kGroup), [&](int64_t k, const int64_t *some, int n) {
+        BackwardTile<E> at{packed[0]->at(kRows, first + k, chunk.head), packed[1]->at(kRows, first + k, chunk.head),
+                           packed[0]->at(kTransposed, first + k, chunk.head), keys.span(k, sample.keys)};
         backward.template add<true, true>(
             at, side, some, n, [&](int64_t i) { return grad_query + i * panel; }, grad_key + k * keys.rows * problem.qk_pad,
-            grad_value + k * keys.rows * problem.v_pad);
+            grad_value + k * keys.rows * problem.v_pad, [](int64_t) {});
     });
 }
 
@@ -118,9 +118,10 @@ inline void sum_parts(const Problem &problem, const KeyTiles &keys, const std::v
 template <class E>
 void dense_backward(const Problem &problem, const Sight &sight, int64_t span, const Gradients &from, const NsaTensor &key,
                     const NsaTensor &value, void *grad_query, void *grad_key, void *grad_value) {
-    KeyTiles tiles(problem, kKeys);
-    PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, true, true);
-    PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, true, false);
+    problem.will_write(grad_query, problem.at.qk_dim);
+    KeyTiles tiles(problem, 64);
+    PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, {kRows, kTransposed});
+    PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, {kRows});
     const PackedKeys<E> *packed[2] = {&keys, &values};
     Lanes lanes(problem.group, true);
     int64_t size = lanes.queries(kChunkTiles / 2), panel = problem.qk_pad * kLanes;
@@ -129,7 +130,7 @@ void dense_backward(const Problem &problem, const Sight &sight, int64_t span, co
     int64_t key_size = tiles.rows * problem.qk_pad, value_size = tiles.rows * problem.v_pad;
     Buffer<float> keys_partial(memory * key_size), values_partial(memory * value_size);
     parallel<typename E::Session>(problem.at.threads, int64_t(all.size()), [&] {
-        int64_t most = round_up(lanes.tiles(size), kTiles);
+        int64_t most = round_up(lanes.tiles(size), kGroup);
         return [&, side = QuerySide<E>(problem, most), backward = Backward<E>(problem), sums = Buffer<float>(most * panel),
                 scratch = Buffer<float>(kLanes * problem.qk_pad)](int64_t task) mutable {
             const Part &part = all[task];

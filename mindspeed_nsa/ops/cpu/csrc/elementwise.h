@@ -101,51 +101,70 @@ inline void compress_backward_weight(const Pooling &at, const NsaTensor &grad, c
     write_row(at.type, total, size, grad_weight);
 }
 
+constexpr int64_t kGatedTokens = 32; // of a task
+
 struct Gated {
     int32_t type, gate_type;
     int64_t threads, tokens, heads, dim;
     const void *gate;
     const NsaTensor *branches;
 
-    void gates(int64_t row, float *open) const {
-        read_row(gate_type, static_cast<const char *>(gate) + row * 3 * type_size(gate_type), 3, open);
-        for (int i = 0; i < 3; i++) open[i] = 1 / (1 + std::exp(-open[i]));
+    int64_t tasks() const { return ceil_div(tokens, kGatedTokens); }
+    Range rows(int64_t task) const { // of a token and a head
+        return {task * kGatedTokens * heads, std::min(tokens, (task + 1) * kGatedTokens) * heads};
     }
+    // How far the gates of a task's rows are open.
+    Buffer<float> open() const { return Buffer<float>(round_up(kGatedTokens * heads * 3, kWidth)); }
+    void open(Range rows, float *to) const {
+        int64_t count = (rows.last - rows.first) * 3;
+        read_row(gate_type, static_cast<const char *>(gate) + rows.first * 3 * type_size(gate_type), count, to);
+        std::fill(to + count, to + round_up(count, kWidth), 0.f);
+        for (int64_t i = 0; i < count; i += kWidth) {
+            vf power = load(to + i) * -kLog2E;
+            store(to + i, 1 / (1 + exp2(pick(power > 127, splat(127.f), power))));
+        }
+    }
+    const void *row(int64_t branch, int64_t i) const { return row_of(branches[branch], type, i / heads, i % heads); }
 };
 
-constexpr int64_t kGatedTokens = 32; // of a task
-
 inline void gated_sum_forward(const Gated &at, void *out) {
-    parallel(at.threads, ceil_div(at.tokens, kGatedTokens), [&] {
-        return [&, row = Buffer<float>(at.dim), sums = Buffer<float>(at.dim)](int64_t task) {
-            int64_t stop = std::min(at.tokens, (task + 1) * kGatedTokens) * at.heads;
-            for (int64_t i = task * kGatedTokens * at.heads; i < stop; i++) {
-                float open[3];
-                at.gates(i, open);
-                memset(sums, 0, at.dim * sizeof(float));
-                for (int j = 0; j < 3; j++) {
-                    read_row(at.type, row_of(at.branches[j], at.type, i / at.heads, i % at.heads), at.dim, row);
-                    add_scaled(sums, row, open[j], at.dim);
+    prefer_huge_pages(out, at.tokens * at.heads * at.dim * type_size(at.type));
+    parallel(at.threads, at.tasks(), [&] {
+        return [&, open = at.open()](int64_t task) {
+            Range rows = at.rows(task);
+            at.open(rows, open);
+            with_type(at.type, [&](auto as) {
+                using Stored = typename decltype(as)::Stored;
+                for (int64_t i = rows.first; i < rows.last; i++) {
+                    const float *by = open + (i - rows.first) * 3;
+                    const Stored *from[3];
+                    for (int j = 0; j < 3; j++) from[j] = static_cast<const Stored *>(at.row(j, i));
+                    auto to = static_cast<Stored *__restrict>(row_of(out, at.type, i, at.dim));
+                    for (int64_t d = 0; d < at.dim; d++)
+                        to[d] = as.write(as.read(from[0][d]) * by[0] + as.read(from[1][d]) * by[1] + as.read(from[2][d]) * by[2]);
                 }
-                write_row(at.type, sums, at.dim, row_of(out, at.type, i, at.dim));
-            }
+            });
         };
     });
 }
 
 inline void gated_sum_backward(const Gated &at, const NsaTensor &grad, void *grad_gate, void *const *grad_branches) {
-    parallel(at.threads, ceil_div(at.tokens, kGatedTokens), [&] {
-        return [&, from = Buffer<float>(at.dim), row = Buffer<float>(at.dim)](int64_t task) {
-            int64_t stop = std::min(at.tokens, (task + 1) * kGatedTokens) * at.heads;
-            for (int64_t i = task * kGatedTokens * at.heads; i < stop; i++) {
-                float open[3], grads[3];
-                at.gates(i, open);
+    for (int j = 0; j < 3; j++) prefer_huge_pages(grad_branches[j], at.tokens * at.heads * at.dim * type_size(at.type));
+    parallel(at.threads, at.tasks(), [&] {
+        return [&, open = at.open(), from = Buffer<float>(at.dim), row = Buffer<float>(at.dim)](int64_t task) {
+            Range rows = at.rows(task);
+            at.open(rows, open);
+            for (int64_t i = rows.first; i < rows.last; i++) {
+                float grads[3];
                 read_row(at.type, row_of(grad, at.type, i / at.heads, i % at.heads), at.dim, from);
                 for (int j = 0; j < 3; j++) {
-                    read_row(at.type, row_of(at.branches[j], at.type, i / at.heads, i % at.heads), at.dim, row);
-                    grads[j] = dot(from, row, at.dim) * open[j] * (1 - open[j]);
-                    for (int64_t d = 0; d < at.dim; d++) row[d] = from[d] * open[j];
-                    write_row(at.type, row, at.dim, row_of(grad_branches[j], at.type, i, at.dim));
+                    float by = open[(i - rows.first) * 3 + j];
+                    read_row(at.type, at.row(j, i), at.dim, row);
+                    grads[j] = dot(from, row, at.dim) * by * (1 - by);
+                    with_type(at.type, [&](auto as) {
+                        auto to = static_cast<typename decltype(as)::Stored *>(row_of(grad_branches[j], at.type, i, at.dim));
+                        for (int64_t d = 0; d < at.dim; d++) to[d] = as.write(from[d] * by);
+                    });
                 }
                 write_row(at.gate_type, grads, 3, static_cast<char *>(grad_gate) + i * 3 * type_size(at.gate_type));
             }

@@ -1,18 +1,20 @@
-// Forward: the softmax of tiles of lanes, key tile by key tile. Logits lie [keys, lanes]: maxima and sums run down the columns.
+// Forward: the softmax of tiles of lanes, key tile by key tile. Logits lie in panels of 16 keys [lanes, 16].
 
 constexpr float kFloor = -1e38f; // level of a row that has seen nothing
 constexpr float kSlack = 8;      // a level is kept until a logit exceeds it by this many powers of 2: sums stay in range
 
+constexpr int64_t kPanel = kKeys * kLanes; // logits of a tile of lanes and a tile of keys
+
 template <class E> struct KeyTile {
-    const typename E::In *key, *value_t;
+    const typename E::In *key, *value; // as columns, as panels
     Span span;
 };
 
-// Which lanes see row `i` of a key tile.
-inline vi visible(const LaneTile &tile, int lane, Span keys, int64_t i) {
-    if (i >= keys.count) return vi{};
-    vi at = splat(int32_t(keys.start + i));
-    return (load(tile.first + lane) <= at) & (load(tile.last + lane) > at);
+// Which keys from the i-th of a tile on a lane sees.
+inline vi keys_seen(const LaneTile &tile, int lane, const Span &keys, int64_t i) {
+    alignas(64) static const int32_t count[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vi at = load(count) + int32_t(keys.start + i);
+    return (at >= tile.first[lane]) & (at < std::min(tile.last[lane], int32_t(keys.start + keys.count)));
 }
 
 // Raises the level of lanes where it has fallen behind: the factors for what they have summed, or false where there are none.
@@ -31,47 +33,66 @@ inline bool raise_level(LaneTile &tile, const float *highest, float *factor) {
     return true;
 }
 
-inline void rescale(float *panel, int64_t rows, const float *factor) {
-    for (int64_t i = 0; i < rows; i++)
-        for (int lane = 0; lane < kLanes; lane += kWidth)
-            store(panel + i * kLanes + lane, load(panel + i * kLanes + lane) * load(factor + lane));
+// Panels [lanes, 16] times a factor a lane.
+inline void rescale(float *panels, int64_t count, const float *factor) {
+    for (int64_t i = 0; i < count * kLanes; i++)
+        for (int j = 0; j < kLanes; j += kWidth)
+            store(panels + i * kLanes + j, load(panels + i * kLanes + j) * factor[i % kLanes]);
 }
 
 template <bool masked>
-inline void find_highest(const float *logits, Span keys, float slope, LaneTile &tile, float *highest) {
-    for (int lane = 0; lane < kLanes; lane += kWidth) {
-        vf high[4] = {splat(kLowest), splat(kLowest), splat(kLowest), splat(kLowest)};
-        for (int64_t i = 0; i < keys.rows; i += 4)
-            for (int j = 0; j < 4; j++) {
-                vf x = load(logits + (i + j) * kLanes + lane);
-                if (masked) x = pick(visible(tile, lane, keys, i + j), x, splat(kLowest));
-                high[j] = larger(x, high[j]);
+inline void find_highest(const float *logits, const Span &keys, float slope, LaneTile &tile, float *highest) {
+    vf high[kLanes];
+    for (vf &x : high) x = splat(kLowest);
+    for (int64_t i = 0; i < keys.rows; i += kLanes)
+        for (int j = 0; j < kLanes; j += kWidth) {
+#pragma GCC unroll 16
+            for (int lane = 0; lane < kLanes; lane++) {
+                vf x = load(logits + (i + lane) * kLanes + j);
+                if (masked) x = pick(keys_seen(tile, lane, keys, i + j), x, splat(kLowest));
+                high[lane] = larger(x, high[lane]);
             }
-        vf x = larger(larger(high[0], high[1]), larger(high[2], high[3])) * slope;
+        }
+    across(high, [](vf x, vf y) { return larger(x, y); }, highest);
+    for (int lane = 0; lane < kLanes; lane += kWidth) {
+        vf x = load(highest + lane) * slope;
         store(highest + lane, x);
         store(tile.top + lane, larger(x, load(tile.top + lane)));
     }
 }
 
-// Weights of a key tile, relative to the level: into the engine's form and, where `keep`, in place of the logits.
-template <class E, bool masked, bool keep>
-inline void weigh(float *logits, Span keys, float slope, LaneTile &tile, typename E::In *weights) {
-    for (int lane = 0; lane < kLanes; lane += kWidth) {
-        vf level = load(tile.level + lane), total[2] = {};
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < keys.rows; i += 2) {
-            vf weight[2];
-            for (int j = 0; j < 2; j++) {
-                float *at = logits + (i + j) * kLanes + lane;
-                weight[j] = exp2(at_most(kSlack, load(at) * slope - level)); // more by the rounding of huge logits alone
-                if (masked) weight[j] = pick(visible(tile, lane, keys, i + j), weight[j], vf{});
-                total[j] += weight[j];
-                if (keep) store(at, weight[j]);
+// Whether logits are so small that their rounding does not lift them far above the level.
+inline bool tame(const LaneTile &tile) {
+    bool all = true;
+    for (float level : tile.level) all &= std::fabs(level) < 1e8f;
+    return all;
+}
+
+// Weights of a key tile, relative to the level: as rows of the engine's and, where `keep`, in place of the logits.
+// `careful`: with keys that are not seen, or logits that are not tame.
+template <class E, bool careful, bool keep>
+inline void weigh(float *logits, const Span &keys, float slope, LaneTile &tile, typename E::In *weights) {
+    vf total[kLanes];
+    alignas(64) float totals[kLanes];
+    for (int lane = 0; lane < kLanes; lane++) {
+        vf level = splat(tile.level[lane]);
+        total[lane] = vf{};
+        for (int64_t i = 0; i < keys.rows; i += 2 * kLanes)
+            for (int j = 0; j < kLanes; j += kWidth) {
+                vf weight[2];
+                for (int k = 0; k < 2; k++) {
+                    float *at = logits + (i + k * kLanes + lane) * kLanes + j;
+                    vf x = load(at) * slope - level;
+                    weight[k] = exp2(careful ? smaller(splat(kSlack), x) : x);
+                    if (careful) weight[k] = pick(keys_seen(tile, lane, keys, i + k * kLanes + j), weight[k], vf{});
+                    total[lane] += weight[k];
+                    if (keep) store(at, weight[k]);
+                }
+                E::put_row(weights + lane * keys.rows + i, j, weight[0], weight[1]);
             }
-            E::put_pair(weights, i, lane, weight[0], weight[1]);
-        }
-        store(tile.total + lane, load(tile.total + lane) + total[0] + total[1]);
     }
+    across(total, [](vf x, vf y) { return x + y; }, totals);
+    for (int lane = 0; lane < kLanes; lane += kWidth) store(tile.total + lane, load(tile.total + lane) + load(totals + lane));
 }
 
 template <class E> class Forward {
@@ -79,9 +100,9 @@ template <class E> class Forward {
     using In = typename E::In;
 
     Forward(const Problem &problem, int64_t tiles, bool attend = true)
-        : problem_(problem), stage_(problem.qk_pad), query_(tiles * problem.qk_pad * kLanes),
-          out_(attend ? tiles * problem.v_pad * kLanes : 0), tile_(tiles), logits_(kTiles * kKeys * kLanes),
-          weights_(kTiles * kKeys * kLanes), rows_(kLanes * problem.v_pad) {}
+        : problem_(problem), attend_(attend), stage_(problem.at.qk_dim, problem.qk_pad, problem.at.scale < 0), query_(tiles), copies_(tiles * problem.qk_pad * kLanes),
+          out_(attend ? tiles * problem.v_pad * kLanes : 0), tile_(tiles), logits_(2 * kPanel), by_lanes_(kPanel),
+          weights_(kTiles * kPanel), row_(problem.v_pad) {}
 
     LaneTile &tile(int64_t i) { return tile_[i]; }
 
@@ -93,76 +114,108 @@ template <class E> class Forward {
             TileRows rows(chunk, lanes, i);
             LaneTile &tile = tile_[i];
             tile.look(rows, see);
+            tile.fresh = true;
             for (int lane = 0; lane < kLanes; lane++) {
                 tile.level[lane] = tile.top[lane] = kFloor;
                 tile.total[lane] = 0;
-                rows.used[lane] = rows.used[lane] && !blind(rows.token[lane]);
+                tile.blind[lane] = rows.used[lane] && blind(rows.token[lane]);
+                rows.used[lane] = rows.used[lane] && !tile.blind[lane];
             }
-            auto pointers = stage_.gather(problem_.at.type, query, problem_.at.qk_dim, problem_.at.scale < 0, rows);
-            E::pack_columns(pointers, problem_.qk_pad, query_ + i * problem_.qk_pad * kLanes);
+            query_[i] = stage_.gather(problem_.at.type, query, rows, copies_ + i * problem_.qk_pad * kLanes);
         }
-        if (out_) memset(out_, 0, tiles_ * problem_.v_pad * kLanes * sizeof(float));
     }
 
-    // Let `n` tiles of lanes attend to a key tile. `observe(tile, weights, factor)` sees each tile's weights in fp32, and the
-    // factors of what came before them, or nullptr.
+    // Let `n` tiles of lanes attend to a key tile. `observe(tile, weights, factor)` sees each tile's weights [keys, lanes], and
+    // the factors of what was before, or nullptr.
     template <bool observed, class Observe>
     void attend(const KeyTile<E> &keys, const int64_t *tiles, int n, const Observe &observe) {
-        int64_t qk = problem_.qk_pad, v = problem_.v_pad, panel = kKeys * kLanes;
-        multiply<E, false>(
-            keys.key, keys.span.rows, qk, n, [&](int64_t j) { return query_ + tiles[j] * qk * kLanes; },
-            [&](int64_t j) { return logits_ + j * panel; });
-        for (int j = 0; j < n; j++) {
-            alignas(64) float highest[kLanes], factor[kLanes];
-            LaneTile &tile = tile_[tiles[j]];
-            float *logits = logits_ + j * panel, slope = problem_.slope;
-            bool masked = !tile.sees_all(keys.span);
-            auto find = masked ? find_highest<true> : find_highest<false>;
-            find(logits, keys.span, slope, tile, highest);
-            bool raised = raise_level(tile, highest, factor);
-            if (raised && out_) rescale(out_ + tiles[j] * v * kLanes, v, factor);
-            auto weigh_tile = masked ? weigh<E, true, observed> : weigh<E, false, observed>;
-            weigh_tile(logits, keys.span, slope, tile, weights_ + j * panel);
-            observe(tiles[j], logits, raised ? factor : nullptr);
+        int64_t rows = keys.span.rows, panels = problem_.v_pad / kLanes;
+        for (int i = 0; i < n; i += 2) { // two at a time, so that their logits stay in the first cache
+            LeftRows<E> first = query_[tiles[i]], second = i + 1 < n ? query_[tiles[i + 1]] : LeftRows<E>{};
+            E::template multiply<false>({{first.data, second.data}, {first.stride, second.stride}, problem_.qk_pad, keys.key,
+                                         rows / kLanes, {logits_, logits_ + kPanel}});
+            for (int j = i; j < std::min(i + 2, n); j++)
+                weigh_tile<observed>(keys.span, tiles[j], logits_ + (j - i) * kPanel, weights_ + j * kPanel, observe);
         }
-        if (!out_) return;
-        multiply<E, true>(
-            keys.value_t, v, keys.span.rows, n, [&](int64_t j) { return weights_ + j * panel; },
-            [&](int64_t j) { return out_ + tiles[j] * v * kLanes; });
+        for (int i = 0; attend_ && i < n; i += 2) {
+            int last = std::min(i + 1, n - 1);
+            const In *weights = weights_ + i * kPanel;
+            Times<In> values{{weights, last > i ? weights + kPanel : nullptr}, {rows, rows}, rows, keys.value, panels,
+                             {out(tiles[i]), out(tiles[last])}};
+            sum(tile_[tiles[i]], tile_[tiles[last]], values);
+        }
     }
     void attend(const KeyTile<E> &keys, const int64_t *tiles, int n) {
         attend<false>(keys, tiles, n, [](int64_t, const float *, const float *) {});
     }
 
     // Write a chunk's rows.
-    template <class Blind>
-    void finish(const Chunk &chunk, const Lanes &lanes, const Blind &blind, void *attention, float *row_max, float *row_sum) {
-        int64_t v = problem_.v_pad;
+    void finish(const Chunk &chunk, const Lanes &lanes, void *attention, float *row_max, float *row_sum) {
         for (int64_t i = 0; i < tiles_; i++) {
-            for (int64_t d = 0; d < v; d += 16) transpose_panel(out_ + (i * v + d) * kLanes, rows_ + d, v);
-            TileRows rows(chunk, lanes, i);
+            alignas(64) float inverse[kLanes], most[kLanes], sums[kLanes];
             const LaneTile &tile = tile_[i];
+            for (int lane = 0; lane < kLanes; lane += kWidth) {
+                vf total = load(tile.total + lane), top = load(tile.top + lane), seen = load(tile.level + lane) - top;
+                vi some = total > 0; // else the row sees nothing: 0; a NaN stays one
+                store(inverse + lane, pick(total == 0, vf{}, 1 / total));
+                store(most + lane, pick(some, top * kLn2, total));
+                store(sums + lane, pick(some, total * exp2(larger(splat(-kSlack), seen)), total));
+            }
+            TileRows rows(chunk, lanes, i);
+            if (tile.fresh) memset(out(i), 0, problem_.v_pad * kLanes * sizeof(float));
             for (int lane = 0; lane < kLanes; lane++) {
                 if (!rows.used[lane]) continue;
-                int64_t at = rows.token[lane] * problem_.at.query_heads + rows.head[lane];
-                float total = tile.total[lane], top = blind(rows.token[lane]) ? kLowest : tile.top[lane] * kLn2;
-                row_max[at] = total > 0 ? top : total; // a row that sees nothing: 0; a NaN stays one
-                row_sum[at] = total > 0 ? total * std::exp2(std::max(tile.level[lane] - tile.top[lane], -kSlack)) : total;
-                float inverse = total == 0 ? 0 : 1 / total, *row = rows_ + lane * v;
-                for (int64_t d = 0; d < v; d += kWidth) store(row + d, load(row + d) * inverse);
-                write_row(problem_.at.type, row, problem_.at.v_dim, row_of(attention, problem_.at.type, at, problem_.at.v_dim));
+                int64_t at = rows.token[lane] * problem_.at.query_heads + rows.head[lane], dim = problem_.at.v_dim;
+                row_max[at] = tile.blind[lane] && tile.total[lane] > 0 ? kLowest : most[lane];
+                row_sum[at] = sums[lane];
+                for (int64_t d = 0; d < problem_.v_pad; d += kWidth)
+                    store(row_ + d, load(out(i) + (d / kLanes * kLanes + lane) * kLanes + d % kLanes) * inverse[lane]);
+                write_row(problem_.at.type, row_, dim, row_of(attention, problem_.at.type, at, dim));
             }
         }
     }
 
   private:
+    // Adds weighted values to the sums of one or two tiles.
+    void sum(LaneTile &first, LaneTile &second, const Times<In> &values) {
+        if (first.fresh && second.fresh) {
+            E::template multiply<false>(values);
+        } else {
+            int64_t size = problem_.v_pad * kLanes * sizeof(float);
+            if (first.fresh) memset(values.c[0], 0, size);
+            if (second.fresh) memset(values.c[1], 0, size);
+            E::template multiply<true>(values);
+        }
+        first.fresh = second.fresh = false;
+    }
+    template <bool observed, class Observe>
+    void weigh_tile(const Span &keys, int64_t i, float *logits, In *weights, const Observe &observe) {
+        alignas(64) float highest[kLanes], factor[kLanes];
+        LaneTile &tile = tile_[i];
+        bool masked = !tile.sees_all(keys);
+        auto find = masked ? find_highest<true> : find_highest<false>;
+        find(logits, keys, problem_.slope, tile, highest);
+        bool raised = raise_level(tile, highest, factor);
+        if (raised && !tile.fresh) rescale(out(i), problem_.v_pad / kLanes, factor);
+        auto run = masked || !tame(tile) ? weigh<E, true, observed> : weigh<E, false, observed>;
+        run(logits, keys, problem_.slope, tile, weights);
+        if (!observed) return;
+        for (int64_t k = 0; k < keys.rows; k += kLanes) transpose_panel(logits + k * kLanes, by_lanes_ + k * kLanes, kLanes);
+        observe(i, by_lanes_, raised ? factor : nullptr);
+    }
+
+    // Sums of a tile: panels of dims [lanes, 16].
+    float *out(int64_t i) const { return out_ + i * problem_.v_pad * kLanes; }
+
     const Problem &problem_;
+    bool attend_;
     int64_t tiles_ = 0;
     RowStage<E> stage_;
-    Buffer<In> query_;
+    std::vector<LeftRows<E>> query_;
+    Buffer<In> copies_; // of queries
     Buffer<float> out_;
     Buffer<LaneTile> tile_;
-    Buffer<float> logits_;
+    Buffer<float> logits_, by_lanes_;
     Buffer<In> weights_;
-    Buffer<float> rows_;
+    Buffer<float> row_;
 };

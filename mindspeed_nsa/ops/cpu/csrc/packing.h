@@ -1,6 +1,7 @@
 // Keys, values and query rows in the form that an engine multiplies.
 
-constexpr int kTiles = 4; // most tiles of lanes that are worked on together; even
+constexpr int kTiles = 4; // most tiles of lanes that attend together; even
+constexpr int kGroup = 8; // tiles of lanes whose gradients of keys and values are summed at once
 
 // Two panels at a time, as the engines take them; n panels, of which panel j has b(j) and c(j).
 template <class E, bool accumulate, class B, class C>
@@ -15,46 +16,59 @@ inline void multiply(const typename E::In *a, int64_t m, int64_t k, int64_t n, c
     }
 }
 
-// Tiles of keys or values of all heads, by rows [rows, pad] and, where asked for, transposed [pad, rows]; padded with zeros.
+// How a tile of keys or values lies in memory, padded with zeros.
+enum Form {
+    kRows,       // [rows, pad], as the left side of a product
+    kTransposed, // [pad, rows], as the left side
+    kColumns,    // the right side of rows of lanes times the tile transposed: panels of 16 of its rows
+    kPanels,     // the right side of rows of lanes times the tile: panels of 16 dims
+    kForms
+};
+
+// Tiles of keys or values of all heads, in some of the forms.
 template <class E> class PackedKeys {
   public:
     using In = typename E::In;
 
-    PackedKeys(const Problem &problem, const KeyTiles &tiles, const NsaTensor &tensor, int64_t dim, bool plain, bool transposed)
+    PackedKeys(const Problem &problem, const KeyTiles &tiles, const NsaTensor &tensor, int64_t dim, std::initializer_list<Form> forms)
         : tiles_(tiles), heads_(problem.at.kv_heads), size_(tiles.rows * round_up(dim, kDepth)) {
-        if (!plain && !transposed) return;
         int64_t all = tiles.first.back() * heads_;
-        if (plain) plain_ = Buffer<In>(all * size_);
-        if (transposed) transposed_ = Buffer<In>(all * size_);
-        parallel(problem.at.threads, ceil_div(all, 8), [&] {
+        for (Form form : forms) packed_[form] = Buffer<In>(all * size_);
+        parallel(problem.at.threads, forms.size() ? ceil_div(all, 8) : 0, [&] {
             return [&, rows = Buffer<In>(size_)](int64_t task) {
                 for (int64_t i = task * 8; i < std::min(all, task * 8 + 8); i++) pack(problem, tensor, dim, i, rows);
             };
         });
     }
-    const In *plain(int64_t tile, int64_t head) const { return plain_ + (tile * heads_ + head) * size_; }
-    const In *transposed(int64_t tile, int64_t head) const { return transposed_ + (tile * heads_ + head) * size_; }
+    const In *at(Form form, int64_t tile, int64_t head) const { return packed_[form] + (tile * heads_ + head) * size_; }
 
   private:
     void pack(const Problem &problem, const NsaTensor &tensor, int64_t dim, int64_t i, In *scratch) {
         int64_t tile = i / heads_, head = i % heads_, b = tiles_.sample_of(tile), pad = round_up(dim, kDepth);
         const Sample &sample = problem.samples[b];
         int64_t start = tiles_.start(tile - tiles_.first[b]), count = tiles_.count(tile - tiles_.first[b], sample.keys);
-        In *rows = plain_ ? plain_ + i * size_ : scratch;
+        In *rows = packed_[kRows] ? packed_[kRows] + i * size_ : scratch;
         memset(rows, 0, size_ * sizeof(In));
         for (int64_t j = 0; j < count; j++) {
             const void *row = row_of(tensor, problem.at.type, sample.k_start + start + j, head);
             E::convert(problem.at.type, row, dim, false, rows + j * pad);
         }
-        if (!transposed_) return;
-        In *to = transposed_ + i * size_;
-        for (int64_t d = 0; d < pad; d++)
-            for (int64_t j = 0; j < tiles_.rows; j++) to[d * tiles_.rows + j] = rows[j * pad + d];
+        if (packed_[kTransposed]) {
+            In *to = packed_[kTransposed] + i * size_;
+            for (int64_t d = 0; d < pad; d++)
+                for (int64_t j = 0; j < tiles_.rows; j++) to[d * tiles_.rows + j] = rows[j * pad + d];
+        }
+        for (int64_t j = 0; j < tiles_.rows; j += 16) {
+            const In *some[16];
+            for (int k = 0; k < 16; k++) some[k] = rows + (j + k) * pad;
+            if (packed_[kColumns]) E::pack_columns(some, pad, packed_[kColumns] + i * size_ + j * pad);
+            if (packed_[kPanels]) E::pack_rows(some, pad, packed_[kPanels] + i * size_ + j * kLanes, tiles_.rows * kLanes);
+        }
     }
 
     const KeyTiles &tiles_;
     int64_t heads_, size_;
-    Buffer<In> plain_, transposed_;
+    Buffer<In> packed_[kForms];
 };
 
 // The rows of a tile of lanes.
@@ -71,32 +85,50 @@ struct TileRows {
     }
 };
 
+// 16 rows as the left side of a product.
+template <class E> struct LeftRows {
+    const typename E::In *data = nullptr;
+    int64_t stride = 0;
+};
+
 // Pointers to 16 rows that an engine can read to their padding: the tensor's own where they serve, else copies.
 template <class E> class RowStage {
   public:
     using In = typename E::In;
 
-    explicit RowStage(int64_t pad) : pad_(pad), copies_(kLanes * pad) {}
+    RowStage(int64_t dim, int64_t pad, bool negate) : dim_(dim), pad_(pad), negate_(negate), copies_(kLanes * pad) {}
 
-    const In *const *gather(int32_t type, const NsaTensor &tensor, int64_t dim, bool negate, const TileRows &rows) {
+    const In *const *gather(int32_t type, const NsaTensor &tensor, const TileRows &rows) {
         for (int lane = 0; lane < kLanes; lane++) {
             In *copy = copies_ + lane * pad_;
             const void *row = row_of(tensor, type, rows.token[lane], rows.head[lane]);
             rows_[lane] = copy;
             if (!rows.used[lane]) {
                 memset(copy, 0, pad_ * sizeof(In));
-            } else if (E::direct(type) && dim == pad_ && !negate) {
+            } else if (E::direct(type) && dim_ == pad_ && !negate_) {
                 rows_[lane] = static_cast<const In *>(row);
+                prefetch(row, pad_ * sizeof(In));
             } else {
-                E::convert(type, row, dim, negate, copy);
-                memset(copy + dim, 0, (pad_ - dim) * sizeof(In));
+                E::convert(type, row, dim_, negate_, copy);
+                memset(copy + dim_, 0, (pad_ - dim_) * sizeof(In));
             }
         }
         return rows_;
     }
+    // The rows as the left side of a product: where they lie at no one stride, in `own`.
+    LeftRows<E> gather(int32_t type, const NsaTensor &tensor, const TileRows &rows, In *own) {
+        gather(type, tensor, rows);
+        int64_t stride = rows_[1] - rows_[0];
+        bool even = rows.used[0] && E::direct(type);
+        for (int lane = 1; lane < kLanes; lane++) even = even && rows_[lane] - rows_[lane - 1] == stride;
+        if (even && rows_[0] != copies_) return {rows_[0], stride};
+        for (int lane = 0; lane < kLanes; lane++) memcpy(own + lane * pad_, rows_[lane], pad_ * sizeof(In));
+        return {own, pad_};
+    }
 
   private:
-    int64_t pad_;
+    int64_t dim_, pad_;
+    bool negate_;
     Buffer<In> copies_;
     const In *rows_[kLanes];
 };
@@ -108,6 +140,7 @@ struct alignas(64) LaneTile {
     float top[kLanes];                   // their maximum so far
     float total[kLanes];                 // sum of the weights; in backward its inverse
     float delta[kLanes];                 // of backward: grad * attention, summed
+    bool fresh, blind[kLanes];           // of forward: nothing summed yet; all that is listed is masked
     int32_t lowest_first, highest_first, lowest_last, highest_last;
 
     bool sees(const Span &keys) const { return lowest_first < keys.start + keys.count && highest_last > keys.start; }

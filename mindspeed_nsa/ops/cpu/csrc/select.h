@@ -67,9 +67,10 @@ inline void pair_up_listed(const ByBlock &by_block, const KeyTiles &keys, const 
 template <class E>
 void select_forward(const Problem &problem, const NsaSelected &selected, const NsaTensor &query, const NsaTensor &key,
                     const NsaTensor &value, void *attention, float *row_max, float *row_sum) {
+    problem.will_write(attention, problem.at.v_dim);
     KeyTiles tiles(problem, selected.block_size);
-    PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, true, false);
-    PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, false, true);
+    PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, {kColumns});
+    PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, {kPanels});
     Lanes lanes(problem.group, false);
     Lists lists{selected, problem.at.kv_heads};
     auto work = chunks(problem, kSelectQueries);
@@ -82,9 +83,10 @@ void select_forward(const Problem &problem, const NsaSelected &selected, const N
             forward.begin(chunk, lanes, query, [&](int64_t token) { return lists.see(sample, token, chunk.head); }, blind);
             by_block.build(lists, sample, chunk.head, chunk.start, chunk.stop);
             pair_up_listed(by_block, tiles, lanes, [&](int64_t k, const int64_t *some, int n) {
-                forward.attend({keys.plain(first + k, chunk.head), values.transposed(first + k, chunk.head), tiles.span(k, sample.keys)}, some, n);
+                forward.attend({keys.at(kColumns, first + k, chunk.head), values.at(kPanels, first + k, chunk.head),
+                                tiles.span(k, sample.keys)}, some, n);
             });
-            forward.finish(chunk, lanes, blind, attention, row_max, row_sum);
+            forward.finish(chunk, lanes, attention, row_max, row_sum);
         };
     });
 }
@@ -109,9 +111,10 @@ void select_backward_queries(const Problem &problem, const Lists &lists, const G
             memset(sums, 0, count * panel * sizeof(float));
             by_block.build(lists, sample, chunk.head, chunk.start, chunk.stop);
             pair_up_listed(by_block, tiles, lanes, [&](int64_t k, const int64_t *some, int n) {
-                BackwardTile<E> at{keys.plain(first + k, chunk.head), values.plain(first + k, chunk.head),
-                                   keys.transposed(first + k, chunk.head), tiles.span(k, sample.keys)};
-                backward.template add<true, false>(at, side, some, n, [&](int64_t i) { return sums + i * panel; }, nullptr, nullptr);
+                BackwardTile<E> at{keys.at(kRows, first + k, chunk.head), values.at(kRows, first + k, chunk.head),
+                                   keys.at(kTransposed, first + k, chunk.head), tiles.span(k, sample.keys)};
+                auto grad_query_of = [&](int64_t i) { return sums + i * panel; };
+                backward.template add<true, false>(at, side, some, n, grad_query_of, nullptr, nullptr, [](int64_t) {});
             });
             for (int64_t i = 0; i < count; i++)
                 write_grad_query<E>(problem, TileRows(chunk, lanes, i), sums + i * panel, from.row_max, scratch, grad_query);
@@ -123,7 +126,7 @@ void select_backward_queries(const Problem &problem, const Lists &lists, const G
 template <class E> class BlockGradients {
   public:
     BlockGradients(const Problem &problem, const Lists &lists, const Gradients &from, const KeyTiles &tiles)
-        : problem_(problem), lists_(lists), from_(from), tiles_(tiles), lanes_(problem.group, false), side_(problem, kTiles),
+        : problem_(problem), lists_(lists), from_(from), tiles_(tiles), lanes_(problem.group, false), side_(problem, kGroup),
           backward_(problem), key_size_(tiles.rows * problem.qk_pad), value_size_(tiles.rows * problem.v_pad),
           grad_key_(tiles.per_block * key_size_), grad_value_(tiles.per_block * value_size_),
           scratch_(std::max(problem.qk_pad, problem.v_pad)) {}
@@ -133,26 +136,34 @@ template <class E> class BlockGradients {
         memset(grad_key_, 0, tiles_.per_block * key_size_ * sizeof(float));
         memset(grad_value_, 0, tiles_.per_block * value_size_ * sizeof(float));
         int64_t first = tiles_.first[&sample - problem_.samples.data()];
-        static const int64_t some[kTiles] = {0, 1, 2, 3};
-        for (int64_t i = 0; i < count * lanes_.tiles_per_query; i += kTiles) {
-            take(sample, head, queries, i, std::min(i + kTiles, count * lanes_.tiles_per_query));
+        static const int64_t some[kGroup] = {0, 1, 2, 3, 4, 5, 6, 7};
+        int64_t all = count * lanes_.tiles_per_query;
+        for (int64_t i = 0; i < all; i += kGroup) {
+            take(sample, head, queries, i, std::min(i + kGroup, all));
             for (int64_t j = 0; j < tiles_.per_block; j++) {
                 int64_t k = block * tiles_.per_block + j;
-                BackwardTile<E> at{keys.plain(first + k, head), values.plain(first + k, head), nullptr, tiles_.span(k, sample.keys)};
-                backward_.template add<false, true>(at, side_, some, kTiles, [](int64_t) -> float * { return nullptr; },
-                                                    grad_key_ + j * key_size_, grad_value_ + j * value_size_);
+                BackwardTile<E> at{keys.at(kRows, first + k, head), values.at(kRows, first + k, head), nullptr, tiles_.span(k, sample.keys)};
+                // The next group's rows lie scattered: they are asked for between the products of this one.
+                auto ahead = [&](int64_t t) {
+                    int64_t next = i + kGroup + t;
+                    if (j == 0 && next < all) side_.prefetch(from_, rows_of(sample, head, queries, next));
+                };
+                auto no_query = [](int64_t) -> float * { return nullptr; };
+                backward_.template add<false, true>(at, side_, some, kGroup, no_query, grad_key_ + j * key_size_,
+                                                    grad_value_ + j * value_size_, ahead);
             }
         }
         write(sample, head, block, grad_key, grad_value);
     }
 
   private:
+    TileRows rows_of(const Sample &sample, int64_t head, const int32_t *queries, int64_t i) const {
+        int64_t token = sample.q_start + queries[i / lanes_.tiles_per_query];
+        return TileRows({&sample, head, token, token + 1}, lanes_, i % lanes_.tiles_per_query);
+    }
     void take(const Sample &sample, int64_t head, const int32_t *queries, int64_t start, int64_t stop) {
-        for (int64_t i = start; i < stop; i++) {
-            int64_t token = sample.q_start + queries[i / lanes_.tiles_per_query];
-            TileRows rows({&sample, head, token, token + 1}, lanes_, i % lanes_.tiles_per_query);
-            side_.take(i - start, from_, rows, [&](int64_t at) { return lists_.see(sample, at, head); }, true);
-        }
+        auto see = [&](int64_t token) { return lists_.see(sample, token, head); };
+        for (int64_t i = start; i < stop; i++) side_.take(i - start, from_, rows_of(sample, head, queries, i), see, true);
         side_.fill(stop - start);
     }
     void write(const Sample &sample, int64_t head, int64_t block, void *grad_key, void *grad_value) {
@@ -179,9 +190,10 @@ template <class E> class BlockGradients {
 template <class E>
 void select_backward(const Problem &problem, const NsaSelected &selected, const Gradients &from, const NsaTensor &key,
                      const NsaTensor &value, void *grad_query, void *grad_key, void *grad_value) {
+    problem.will_write(grad_query, problem.at.qk_dim);
     KeyTiles tiles(problem, selected.block_size);
-    PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, true, true);
-    PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, true, false);
+    PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, {kRows, kTransposed});
+    PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, {kRows});
     Lists lists{selected, problem.at.kv_heads};
     select_backward_queries(problem, lists, from, tiles, keys, values, grad_query);
 

@@ -11,19 +11,43 @@ inline void store(float *to, vf x) { *reinterpret_cast<vf *>(to) = x; }
 inline vf splat(float x) { return x - vf{}; }
 inline vi splat(int32_t x) { return x - vi{}; }
 inline vf pick(vi which, vf yes, vf no) { return which ? yes : no; }
+// Where y is NaN, it is the result.
+#if NSA_WIDTH == 16
+inline vf larger(vf x, vf y) { return (vf)_mm512_max_ps((__m512)x, (__m512)y); }
+inline vf smaller(vf x, vf y) { return (vf)_mm512_min_ps((__m512)x, (__m512)y); }
+#else
 inline vf larger(vf x, vf y) { return x > y ? x : y; }
-inline vf at_most(float limit, vf x) { return x > splat(limit) ? splat(limit) : x; } // a NaN stays one
+inline vf smaller(vf x, vf y) { return x < y ? x : y; }
+#endif
 inline float sum(vf x) {
+#if NSA_WIDTH == 16
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     float total = 0;
     for (int i = 0; i < kWidth; i++) total += x[i];
     return total;
+#endif
 }
 
-// 2 to the x, to 2e-7; 0 below -126. Not for x above 127.
+#if NSA_WIDTH == 16
+// Results too small for a normal number are 0, as long as it lives: the processor takes a hundred times longer for them.
+class FlushToZero {
+  public:
+    FlushToZero() { _mm_setcsr(before_ | 0x8000); }
+    FlushToZero(const FlushToZero &) = delete;
+    ~FlushToZero() { _mm_setcsr(before_); }
+
+  private:
+    unsigned before_ = _mm_getcsr();
+};
+#endif
+
+// 2 to the x, to 2e-7, for x up to 127; below -126 it may be that of -126, or 0.
 inline vf exp2(vf x) {
 #if NSA_WIDTH == 16
     vf whole = (vf)_mm512_roundscale_ps((__m512)x, 0x08);
 #else
+    x = larger(splat(-126.f), x);
     vf shifted = x + 12582912.f; // 1.5 * 2^23: the integer part lands in the low bits
     vf whole = shifted - 12582912.f;
 #endif
@@ -34,11 +58,9 @@ inline vf exp2(vf x) {
     power = power * part + 6.93147180e-1f;
     power = power * part + 1.0f;
 #if NSA_WIDTH == 16
-    return (vf)_mm512_mask_scalef_ps(_mm512_setzero_ps(), _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.f), _CMP_NLT_UQ),
-                                     (__m512)power, (__m512)whole);
+    return (vf)_mm512_scalef_ps((__m512)power, (__m512)whole);
 #else
-    vi scaled = (vi)power + ((vi)shifted << 23);
-    return (vf)(scaled & ~(vi)(x < -126.f));
+    return (vf)((vi)power + ((vi)shifted << 23));
 #endif
 }
 
@@ -78,24 +100,54 @@ inline uint16_t to_bfloat(float x) {
 
 inline int64_t type_size(int32_t type) { return type == NSA_FLOAT32 ? 4 : 2; }
 
-inline void read_row(int32_t type, const void *from, int64_t count, float *to) {
-    auto half = static_cast<const uint16_t *>(from);
+struct Float32 {
+    using Stored = float;
+    static float read(Stored x) { return x; }
+    static Stored write(float x) { return x; }
+};
+struct Float16 {
+    using Stored = uint16_t;
+    static float read(Stored x) { return from_half(x); }
+    static Stored write(float x) { return to_half(x); }
+};
+struct Bfloat16 {
+    using Stored = uint16_t;
+    static float read(Stored x) { return from_bfloat(x); }
+    static Stored write(float x) { return to_bfloat(x); }
+};
+
+// Run with what reads and writes a type.
+template <class Run> inline void with_type(int32_t type, const Run &run) {
     if (type == NSA_FLOAT32)
-        memcpy(to, from, count * 4);
+        run(Float32());
     else if (type == NSA_FLOAT16)
-        for (int64_t i = 0; i < count; i++) to[i] = from_half(half[i]);
+        run(Float16());
     else
-        for (int64_t i = 0; i < count; i++) to[i] = from_bfloat(half[i]);
+        run(Bfloat16());
+}
+
+inline void read_row(int32_t type, const void *from, int64_t count, float *to) {
+    with_type(type, [=](auto as) {
+        auto row = static_cast<const typename decltype(as)::Stored *>(from);
+        for (int64_t i = 0; i < count; i++) to[i] = as.read(row[i]);
+    });
 }
 
 inline void write_row(int32_t type, const float *from, int64_t count, void *to) {
-    auto half = static_cast<uint16_t *>(to);
-    if (type == NSA_FLOAT32)
-        memcpy(to, from, count * 4);
-    else if (type == NSA_FLOAT16)
-        for (int64_t i = 0; i < count; i++) half[i] = to_half(from[i]);
-    else
-        for (int64_t i = 0; i < count; i++) half[i] = to_bfloat(from[i]);
+#ifdef NSA_AMX
+    if (type == NSA_BFLOAT16) {
+        for (int64_t i = 0; i < count; i += 16) {
+            __mmask16 some = count - i < 16 ? (1 << (count - i)) - 1 : 0xffff;
+            __m256i bits = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, from + i));
+            _mm256_mask_storeu_epi16(static_cast<uint16_t *>(to) + i, some, bits);
+        }
+        return;
+    }
+#endif
+    with_type(type, [=](auto as) {
+        auto row = static_cast<typename decltype(as)::Stored *>(to);
+        for (int64_t i = 0; i < count; i++) row[i] = as.write(from[i]);
+    });
 }
 
 inline const void *row_of(const NsaTensor &tensor, int32_t type, int64_t token, int64_t head) {
@@ -144,6 +196,47 @@ inline void transpose_panel(const float *panel, float *to, int64_t to_stride) { 
     transpose(rows, 0, to, to_stride);
 }
 
+// Each of 16 vectors (of 16 lanes, kWidth at a time: in all [16][16 / kWidth]) reduced to one value.
+template <class Reduce> inline void across(const vf *rows, const Reduce &reduce, float *to) {
+#if NSA_WIDTH == 16
+    auto halves = [&](int i, int by, auto low, auto high) { return reduce((vf)low(i, i + by), (vf)high(i, i + by)); };
+    vf v[16];
+    memcpy(v, rows, sizeof v);
+    auto at = [&](int i) { return (__m512)v[i]; };
+    for (int i = 0; i < 8; i++)
+        v[i] = halves(i, 8, [&](int x, int y) { return _mm512_shuffle_f32x4(at(x), at(y), 0x44); },
+                      [&](int x, int y) { return _mm512_shuffle_f32x4(at(x), at(y), 0xee); });
+    for (int i = 0; i < 4; i++)
+        v[i] = halves(i, 4, [&](int x, int y) { return _mm512_shuffle_f32x4(at(x), at(y), 0x88); },
+                      [&](int x, int y) { return _mm512_shuffle_f32x4(at(x), at(y), 0xdd); });
+    for (int i = 0; i < 2; i++)
+        v[i] = halves(i, 2, [&](int x, int y) { return _mm512_shuffle_ps(at(x), at(y), 0x44); },
+                      [&](int x, int y) { return _mm512_shuffle_ps(at(x), at(y), 0xee); });
+    v[0] = halves(0, 1, [&](int x, int y) { return _mm512_shuffle_ps(at(x), at(y), 0x88); },
+                  [&](int x, int y) { return _mm512_shuffle_ps(at(x), at(y), 0xdd); });
+    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    store(to, (vf)_mm512_permutexvar_ps(order, at(0)));
+#else
+    for (int i = 0; i < 16; i++) {
+        vf all = rows[i];
+        for (int j = 1; j < kWidth; j++) all = reduce(all, splat(rows[i][j]));
+        to[i] = all[0];
+    }
+#endif
+}
+
+// One or two tiles of 16 rows times a matrix: C[i] = A[i] * B, with A[i] [16, k] at a stride, B and C[i] in panels of 16 columns.
+template <class In> struct Times {
+    const In *a[2]; // the second or nullptr
+    int64_t stride[2], k;
+    const In *b;
+    int64_t panels; // even
+    float *c[2];
+
+    const In *panel(int64_t j) const { return b + j * k * kLanes; }
+    float *result(int i, int64_t j) const { return c[i] + j * kLanes * kLanes; }
+};
+
 // ---- the fp32 engine
 //
 // An engine multiplies C[j] += A * B[j]: A is [m, k] by rows, and each panel j of 16 columns has B[j] of k rows and C[j] of m rows.
@@ -151,7 +244,11 @@ inline void transpose_panel(const float *panel, float *to, int64_t to_stride) { 
 
 struct Simd {
     using In = float;
-    struct Session {}; // what a thread needs while it multiplies
+#if NSA_WIDTH == 16
+    using Session = FlushToZero; // what a thread needs while it works
+#else
+    using Session = NoSession;
+#endif
 
     static bool direct(int32_t type) { return type == NSA_FLOAT32; }
     static void convert(int32_t type, const void *from, int64_t count, bool negate, In *to) {
@@ -181,17 +278,29 @@ struct Simd {
 
     template <int panels, bool accumulate>
     static void multiply(const In *a, int64_t m, int64_t k, const In *const *b, float *const *c) {
-#if NSA_WIDTH == 16
-        for (int64_t i = 0; i < m; i += 8) block<8, panels, accumulate>(a + i * k, k, b, c, i);
-#else
-        for (int j = 0; j < panels; j++)
-            for (int64_t i = 0; i < m; i += 4) block<4, 1, accumulate>(a + i * k, k, b + j, c + j, i);
-#endif
+        for (int64_t i = 0; i < m; i += 16) tile<panels, accumulate>(a + i * k, k, k, b, c, i);
+    }
+    template <bool accumulate> static void multiply(const Times<In> &x) {
+        for (int i = 0; i < 2 && x.a[i]; i++)
+            for (int64_t j = 0; j < x.panels; j += 2) {
+                const In *b[] = {x.panel(j), x.panel(j + 1)};
+                float *c[] = {x.result(i, j), x.result(i, j + 1)};
+                tile<2, accumulate>(x.a[i], x.stride[i], x.k, b, c, 0);
+            }
     }
 
   private:
+    template <int panels, bool accumulate>
+    static void tile(const In *a, int64_t stride, int64_t k, const In *const *b, float *const *c, int64_t row) {
+#if NSA_WIDTH == 16
+        for (int64_t i = 0; i < 16; i += 8) block<8, panels, accumulate>(a + i * stride, stride, k, b, c, row + i);
+#else
+        for (int j = 0; j < panels; j++)
+            for (int64_t i = 0; i < 16; i += 4) block<4, 1, accumulate>(a + i * stride, stride, k, b + j, c + j, row + i);
+#endif
+    }
     template <int height, int panels, bool accumulate>
-    static void block(const In *a, int64_t k, const In *const *b, float *const *c, int64_t row) {
+    static void block(const In *a, int64_t stride, int64_t k, const In *const *b, float *const *c, int64_t row) {
         constexpr int in_panel = kLanes / kWidth, wide = panels * in_panel;
         vf total[height][wide];
         for (int r = 0; r < height; r++)
@@ -201,7 +310,7 @@ struct Simd {
             vf column[wide];
             for (int n = 0; n < wide; n++) column[n] = load(b[n / in_panel] + i * kLanes + n % in_panel * kWidth);
             for (int r = 0; r < height; r++)
-                for (int n = 0; n < wide; n++) total[r][n] += splat(a[r * k + i]) * column[n];
+                for (int n = 0; n < wide; n++) total[r][n] += splat(a[r * stride + i]) * column[n];
         }
         for (int r = 0; r < height; r++)
             for (int n = 0; n < wide; n++) store(c[n / in_panel] + (row + r) * kLanes + n % in_panel * kWidth, total[r][n]);

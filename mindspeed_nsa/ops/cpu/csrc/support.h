@@ -11,14 +11,18 @@
 #include <system_error>
 #include <thread>
 #include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "kernels.h"
 
 namespace nsa {
 
 constexpr int64_t kLanes = 16;    // rows (a query and a head) that are worked on side by side
-constexpr int64_t kKeys = 64;     // most keys in a tile
+constexpr int64_t kKeys = 128;    // most keys in a tile
 constexpr int64_t kDepth = 32;    // dims are padded to multiples of this
+constexpr int64_t kHugePage = 2 << 20;
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLowest = -3.4028234663852886e38f; // the maximum of a row whose listed keys are all masked
@@ -26,14 +30,24 @@ constexpr float kLowest = -3.4028234663852886e38f; // the maximum of a row whose
 inline int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
 inline int64_t round_up(int64_t x, int64_t to) { return ceil_div(x, to) * to; }
 
+// Asks for huge pages for what of some memory they fit: the first touch of small ones takes longer than most of the work on them.
+inline void prefer_huge_pages(void *data, int64_t bytes) {
+#if defined(__linux__)
+    uintptr_t start = round_up(int64_t(data), kHugePage), stop = (uintptr_t(data) + bytes) / kHugePage * kHugePage;
+    if (start < stop) madvise(reinterpret_cast<void *>(start), stop - start, MADV_HUGEPAGE);
+#endif
+}
+
 // Uninitialized memory on a cache line's edge. Throws std::bad_alloc.
 template <class T> class Buffer {
   public:
     Buffer() = default;
     explicit Buffer(int64_t count) {
         if (count == 0) return;
-        data_ = static_cast<T *>(std::aligned_alloc(64, round_up(count * int64_t(sizeof(T)), 64)));
+        int64_t bytes = count * int64_t(sizeof(T)), edge = bytes < kHugePage / 8 ? 64 : kHugePage;
+        data_ = static_cast<T *>(std::aligned_alloc(edge, round_up(bytes, edge)));
         if (!data_) throw std::bad_alloc();
+        prefer_huge_pages(data_, round_up(bytes, edge));
     }
     Buffer(Buffer &&other) noexcept : data_(other.data_) { other.data_ = nullptr; }
     Buffer &operator=(Buffer &&other) noexcept {
@@ -46,6 +60,11 @@ template <class T> class Buffer {
   private:
     T *data_ = nullptr;
 };
+
+// Asks for memory that is read soon, into the second cache.
+inline void prefetch(const void *data, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char *>(data) + i, 0, 2);
+}
 
 struct NoSession {};
 
@@ -100,6 +119,10 @@ struct Problem {
     }
     int64_t queries() const { return at.samples ? at.q_end[at.samples - 1] : 0; }
     int64_t keys() const { return at.samples ? at.kv_end[at.samples - 1] : 0; }
+    // Says that the rows of all queries and heads will be written.
+    void will_write(void *rows, int64_t dim) const {
+        prefer_huge_pages(rows, queries() * at.query_heads * dim * (at.type == NSA_FLOAT32 ? 4 : 2));
+    }
 };
 
 // Keys of a tile: `count` of a sample from `start` on, padded to `rows`.
