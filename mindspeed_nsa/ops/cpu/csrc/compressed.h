@@ -161,7 +161,7 @@ void compressed_pass(const Problem &problem, const CompressedPass &pass, const N
                      const NsaTensor &value) {
     if (pass.attention) problem.will_write(pass.attention, problem.at.v_dim);
     Sight sight{0, pass.at.compress_block_size, pass.at.compress_stride};
-    KeyTiles tiles(problem, 128);
+    KeyTiles tiles(problem, kKeys); // large: sums of values are read and written once a tile
     PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, {kColumns});
     std::initializer_list<Form> none, panels = {kPanels};
     PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, pass.attention ? panels : none);
@@ -183,7 +183,7 @@ void compressed_pass(const Problem &problem, const CompressedPass &pass, const N
             forward.begin(chunk, lanes, query, [&](int64_t token) { return sight.of(sample, sample.position(token)); }, never);
             if (score) scores.begin(count, pass.blocks(b));
             auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
-            pair_up<kTiles>(sample, tiles, tile, count, [&](int64_t k, const int64_t *some, int n) {
+            pair_up<kTiles>(sample, tiles, sight, tile, count, [&](int64_t k, const int64_t *some, int n) {
                 const typename E::In *v = pass.attention ? values.at(kPanels, first + k, chunk.head) : nullptr;
                 KeyTile<E> keys_of{keys.at(kColumns, first + k, chunk.head), v, tiles.span(k, sample.keys)};
                 if (!score) return forward.attend(keys_of, some, n);

@@ -1,23 +1,30 @@
 // Attention to what a query sees by its position (Sight): the sliding window and, in backward, the compressed windows.
 
+constexpr int64_t kDenseKeys = 64; // of a tile
 constexpr int64_t kChunkTiles = 64; // tiles of lanes of a chunk: with what belongs to them they fit into the second cache
-
-constexpr int64_t kStretch = 4; // tiles of keys that stay in the second cache while all tiles of lanes of a chunk see them
 
 // Calls run(tile of keys, tiles of lanes, how many) for all that see one another; those of a tile of lanes in the order of keys.
 template <int most, class Tile, class Run>
-inline void pair_up(const Sample &sample, const KeyTiles &keys, const Tile &tile, int64_t tiles, const Run &run) {
-    int64_t all = ceil_div(sample.keys, keys.block_size);
-    for (int64_t stretch = 0; stretch < all; stretch += kStretch)
+inline void pair_up(const Sample &sample, const KeyTiles &keys, const Sight &sight, const Tile &tile, int64_t tiles,
+                    const Run &run) {
+    // Keys of a window serve a few tiles of lanes while these are in the caches; compressed ones stay for all of a chunk.
+    int64_t stretch = sight.window ? sample.keys : 512;
+    int64_t first = sample.keys, last = 0;
+    for (int64_t i = 0; i < tiles; i++) {
+        first = std::min<int64_t>(first, tile(i).lowest_first);
+        last = std::max<int64_t>(last, tile(i).highest_last);
+    }
+    first = first / keys.block_size * keys.block_size;
+    for (int64_t start = first; start < last; start += stretch)
         for (int64_t i = 0; i < tiles; i += most) {
-            int64_t some[most], n = std::min<int64_t>(most, tiles - i), first = sample.keys, last = 0;
+            int64_t some[most], n = std::min<int64_t>(most, tiles - i), from = last, to = start;
             for (int64_t j = 0; j < n; j++) {
                 some[j] = i + j;
-                first = std::min<int64_t>(first, tile(i + j).lowest_first);
-                last = std::max<int64_t>(last, tile(i + j).highest_last);
+                from = std::min<int64_t>(from, tile(i + j).lowest_first);
+                to = std::max<int64_t>(to, tile(i + j).highest_last);
             }
-            int64_t start = std::max(first / keys.block_size, stretch);
-            for (int64_t k = start; k < stretch + kStretch && keys.start(k) < last; k++) run(k, some, int(n));
+            to = std::min(to, start + stretch);
+            for (int64_t k = std::max(from, start) / keys.block_size; keys.start(k) < to; k++) run(k, some, int(n));
         }
 }
 
@@ -28,7 +35,7 @@ void window_forward(const Problem &problem, int64_t window_size, const NsaTensor
                     const NsaTensor &value, void *attention, float *row_max, float *row_sum) {
     Sight sight{window_size, 0, 0};
     problem.will_write(attention, problem.at.v_dim);
-    KeyTiles tiles(problem, 64);
+    KeyTiles tiles(problem, kDenseKeys);
     PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, {kColumns});
     PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, {kPanels});
     Lanes lanes(problem.group, true);
@@ -41,7 +48,7 @@ void window_forward(const Problem &problem, int64_t window_size, const NsaTensor
             int64_t first_tile = tiles.first[chunk.sample - problem.samples.data()];
             forward.begin(chunk, lanes, query, [&](int64_t token) { return sight.of(sample, sample.position(token)); }, never);
             auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
-            pair_up<kTiles>(sample, tiles, tile, lanes.tiles(chunk.size()), [&](int64_t k, const int64_t *some, int n) {
+            pair_up<kTiles>(sample, tiles, sight, tile, lanes.tiles(chunk.size()), [&](int64_t k, const int64_t *some, int n) {
                 forward.attend({keys.at(kColumns, first_tile + k, chunk.head), values.at(kPanels, first_tile + k, chunk.head),
                                 tiles.span(k, sample.keys)}, some, n);
             });
@@ -84,7 +91,7 @@ inline void dense_backward_chunk(const Problem &problem, const Sight &sight, con
     int64_t panel = problem.qk_pad * kLanes;
     memset(grad_query, 0, round_up(count, kGroup) * panel * sizeof(float));
     auto tile = [&](int64_t i) -> LaneTile & { return side.tile(i); };
-    pair_up<kGroup>(sample, keys, tile, round_up(count, kGroup), [&](int64_t k, const int64_t *some, int n) {
+    pair_up<kGroup>(sample, keys, sight, tile, round_up(count, kGroup), [&](int64_t k, const int64_t *some, int n) {
         BackwardTile<E> at{packed[0]->at(kRows, first + k, chunk.head), packed[1]->at(kRows, first + k, chunk.head),
                            packed[0]->at(kTransposed, first + k, chunk.head), keys.span(k, sample.keys)};
         backward.template add<true, true>(
@@ -119,7 +126,7 @@ template <class E>
 void dense_backward(const Problem &problem, const Sight &sight, int64_t span, const Gradients &from, const NsaTensor &key,
                     const NsaTensor &value, void *grad_query, void *grad_key, void *grad_value) {
     problem.will_write(grad_query, problem.at.qk_dim);
-    KeyTiles tiles(problem, 64);
+    KeyTiles tiles(problem, kDenseKeys);
     PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, {kRows, kTransposed});
     PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, {kRows});
     const PackedKeys<E> *packed[2] = {&keys, &values};

@@ -100,7 +100,8 @@ template <class E> class Forward {
     using In = typename E::In;
 
     Forward(const Problem &problem, int64_t tiles, bool attend = true)
-        : problem_(problem), attend_(attend), stage_(problem.at.qk_dim, problem.qk_pad, problem.at.scale < 0), query_(tiles), copies_(tiles * problem.qk_pad * kLanes),
+        : problem_(problem), attend_(attend), stage_(problem.at.qk_dim, problem.qk_pad, problem.at.scale < 0), query_(tiles),
+          copies_(tiles * problem.qk_pad * kLanes),
           out_(attend ? tiles * problem.v_pad * kLanes : 0), tile_(tiles), logits_(2 * kPanel), by_lanes_(kPanel),
           weights_(kTiles * kPanel), row_(problem.v_pad) {}
 
