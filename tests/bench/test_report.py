@@ -66,17 +66,17 @@ def test_peak_bytes():
     """That of the call, not of the process before it."""
     big = torch.ones(1 << 24)
     del big
-    assert 2**25 <= peak_bytes(lambda: torch.ones(1 << 23)) < 1.2 * 2**25
+    assert 0.98 * 2**25 < peak_bytes(lambda: torch.ones(1 << 23)) < 1.2 * 2**25
 
 
 @pytest.mark.slow
 def test_a_run(tmp_path):
     """The ratio in the table is that of the figures in the file."""
-    cli.main(["bench", "--output", str(tmp_path), "--length", "256", "--length", "512", "--threads", "1", "--budget", "5"])
+    cli.main(["bench", "--output", str(tmp_path), "--length", "1024", "--length", "2048", "--threads", "1", "--budget", "5"])
     data = json.loads((tmp_path / "bench.json").read_text())
     medians = {(x["contender"], x["direction"], x["tokens"]): x["cpu"]["median"] for x in data["rows"]}
     for direction in ("forward", "backward"):
-        ratios = [medians[report.FLASH, direction, n] / medians[report.NSA, direction, n] for n in (256, 512)]
+        ratios = [medians[report.FLASH, direction, n] / medians[report.NSA, direction, n] for n in (1024, 2048)]
         line = " | ".join(f"**{x:.1f}**" for x in ratios)
         assert f"| **flash / NSA, whole** | {line} |" in (tmp_path / "bench.md").read_text()
     assert {x["measured_at"] == x["tokens"] for x in data["rows"]} == {True}
