@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 build=build/sanitized
 mkdir -p "$build"
 for source in mindspeed_nsa/ops/cpu/csrc/*.cpp; do
-  "${CXX:-g++}" -std=c++17 -O1 -g -fPIC -pthread -fvisibility=hidden -ffp-contract=fast -fsanitize=address,undefined \
+  "${CXX:-g++}" -std=c++17 -O1 -g -fPIC -pthread -fvisibility=hidden -ffp-contract=fast -Wno-psabi -fsanitize=address,undefined \
     -fno-sanitize-recover=undefined -c "$source" -o "$build/$(basename "$source" .cpp).o"
 done
 "${CXX:-g++}" -shared -pthread -fsanitize=address,undefined "$build"/*.o -o "$build/libkernels.so"
