@@ -165,7 +165,7 @@ void compressed_pass(const Problem &problem, const CompressedPass &pass, const N
     PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, {kColumns});
     std::initializer_list<Form> none, panels = {kPanels};
     PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, pass.attention ? panels : none);
-    Lanes lanes(problem.group, true);
+    Lanes lanes(problem.group);
     bool scored = pass.scores || pass.at.select_block_count;
     int64_t bytes = std::max<int64_t>(scored ? pass.most_blocks * kLanes * 4 : 0, 1);
     int64_t size = lanes.queries(std::min<int64_t>(std::max<int64_t>((2 << 18) / bytes, kTiles), kChunkTiles));

@@ -38,7 +38,7 @@ void window_forward(const Problem &problem, int64_t window_size, const NsaTensor
     KeyTiles tiles(problem, kDenseKeys);
     PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, {kColumns});
     PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, {kPanels});
-    Lanes lanes(problem.group, true);
+    Lanes lanes(problem.group);
     int64_t size = lanes.queries(kChunkTiles);
     auto work = chunks(problem, size);
     parallel<typename E::Session>(problem.at.threads, int64_t(work.size()), [&] {
@@ -130,7 +130,7 @@ void dense_backward(const Problem &problem, const Sight &sight, int64_t span, co
     PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, {kRows, kTransposed});
     PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, {kRows});
     const PackedKeys<E> *packed[2] = {&keys, &values};
-    Lanes lanes(problem.group, true);
+    Lanes lanes(problem.group);
     int64_t size = lanes.queries(kChunkTiles / 2), panel = problem.qk_pad * kLanes;
     auto all = parts(problem, sight, tiles, round_up(span, size));
     int64_t memory = all.empty() ? 0 : all.back().memory + all.back().tiles;

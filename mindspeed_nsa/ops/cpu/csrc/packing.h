@@ -76,11 +76,14 @@ struct TileRows {
     int64_t token[kLanes], head[kLanes];
     bool used[kLanes];
 
-    TileRows(const Chunk &chunk, const Lanes &lanes, int64_t tile) {
+    TileRows(const Chunk &chunk, const Lanes &lanes, int64_t tile) : TileRows(chunk, lanes, tile, nullptr) {}
+    // Of listed queries, counted from the chunk's start, or of all in a row.
+    TileRows(const Chunk &chunk, const Lanes &lanes, int64_t tile, const int32_t *listed) {
         for (int64_t lane = 0; lane < kLanes; lane++) {
-            token[lane] = chunk.start + lanes.query(tile, lane);
+            int64_t query = lanes.query(tile, lane);
             head[lane] = chunk.head * lanes.group + lanes.head(tile, lane);
-            used[lane] = lanes.used(tile, lane) && token[lane] < chunk.stop;
+            used[lane] = lanes.used(tile, lane) && query < chunk.size();
+            token[lane] = chunk.start + (listed && used[lane] ? listed[query] : query);
         }
     }
 };
@@ -136,6 +139,7 @@ template <class E> class RowStage {
 // What the lanes of a tile see, and how far their softmax is.
 struct alignas(64) LaneTile {
     int32_t first[kLanes], last[kLanes]; // keys of the sample
+    int32_t end[kLanes];                 // `last`, where the lane is shown
     float level[kLanes];                 // logits are taken relative to this
     float top[kLanes];                   // their maximum so far
     float total[kLanes];                 // sum of the weights; in backward its inverse
@@ -148,6 +152,16 @@ struct alignas(64) LaneTile {
         return keys.count == keys.rows && highest_first <= keys.start && lowest_last >= keys.start + keys.rows;
     }
 
+    // Show keys to the lanes of some of the tile's queries alone.
+    void show(uint32_t queries, int64_t heads) {
+        lowest_last = INT32_MAX;
+        highest_last = 0;
+        for (int lane = 0; lane < kLanes; lane++) {
+            last[lane] = queries >> lane / heads & 1 ? end[lane] : 0;
+            lowest_last = std::min(lowest_last, last[lane]);
+            highest_last = std::max(highest_last, last[lane]);
+        }
+    }
     template <class See> void look(const TileRows &rows, const See &see) {
         lowest_first = lowest_last = INT32_MAX;
         highest_first = highest_last = 0;
@@ -155,7 +169,7 @@ struct alignas(64) LaneTile {
             int other = rows.used[lane] ? lane : 0; // an unused lane looks where the first does; its query is 0
             Range range = see(rows.token[other]);
             first[lane] = int32_t(range.first);
-            last[lane] = int32_t(range.last);
+            last[lane] = end[lane] = int32_t(range.last);
             lowest_first = std::min(lowest_first, first[lane]);
             highest_first = std::max(highest_first, first[lane]);
             lowest_last = std::min(lowest_last, last[lane]);

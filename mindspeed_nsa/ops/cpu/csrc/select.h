@@ -1,6 +1,6 @@
 // Attention over listed blocks. Queries are paired with the tiles of their blocks; a block listed twice is a pair twice.
 
-constexpr int64_t kSelectQueries = 64; // of a chunk: their sums stay in the second cache
+constexpr int64_t kSelectTiles = 64; // tiles of lanes of a chunk: their sums stay in the second cache
 
 // Which blocks a row lists: `run` gets each that it sees, or all where causality masks them all (its logits are then equal).
 struct Lists {
@@ -41,27 +41,42 @@ struct ByBlock {
             lists.each(sample, t, head, [&](int64_t s) { queries[first[s + 1]++] = int32_t(t - start); });
         first.pop_back();
     }
-    // The next queries of a block from `at` on, all different and at most `most`.
-    int64_t take(int64_t at, int64_t end, int64_t most) const {
-        int64_t n = 1;
-        while (n < most && at + n < end && queries[at + n] != queries[at + n - 1]) n++;
-        return n;
+    // The tiles of lanes that a block meets, and which of their queries list it: a query that lists it twice is in two of them.
+    struct Visit {
+        int64_t tile;
+        uint32_t queries;
+    };
+    void visits(int64_t block, const Lanes &lanes, std::vector<Visit> &found) const {
+        found.clear();
+        for (int64_t i = first[block]; i < first[block + 1]; i++) {
+            int64_t tile = queries[i] / lanes.queries_per_tile * lanes.tiles_per_query;
+            uint32_t bit = 1u << queries[i] % lanes.queries_per_tile;
+            if (found.empty() || found.back().tile != tile || found.back().queries & bit)
+                for (int64_t j = 0; j < lanes.tiles_per_query; j++) found.push_back({tile + j, bit});
+            else
+                found.back().queries |= bit;
+        }
     }
 };
 
-// Calls run(tile of keys in the sample, tiles of lanes, how many) for the pairs of a chunk, tile by tile.
-template <class Run>
-inline void pair_up_listed(const ByBlock &by_block, const KeyTiles &keys, const Lanes &lanes, const Run &run) {
-    int64_t most = std::max<int64_t>(kTiles / lanes.tiles_per_query, 1);
-    for (int64_t s = 0; s + 1 < int64_t(by_block.first.size()); s++)
+// Calls run(tile of keys in the sample, tiles of lanes, how many) for the pairs of a chunk, block by block; `tile(i)` shows the
+// keys to those of its queries that list them.
+template <class Tile, class Run>
+inline void pair_up_listed(const ByBlock &by_block, const KeyTiles &keys, const Lanes &lanes, const Tile &tile, const Run &run) {
+    std::vector<ByBlock::Visit> visits;
+    for (int64_t s = 0; s + 1 < int64_t(by_block.first.size()); s++) {
+        by_block.visits(s, lanes, visits);
+        int64_t all = int64_t(visits.size());
         for (int64_t k = s * keys.per_block; k < (s + 1) * keys.per_block; k++)
-            for (int64_t i = by_block.first[s], n; i < by_block.first[s + 1]; i += n) {
-                n = by_block.take(i, by_block.first[s + 1], most);
-                int64_t some[kTiles * kLanes], count = n * lanes.tiles_per_query;
-                for (int64_t j = 0; j < count; j++)
-                    some[j] = by_block.queries[i + j / lanes.tiles_per_query] * lanes.tiles_per_query + j % lanes.tiles_per_query;
-                for (int64_t j = 0; j < count; j += kTiles) run(k, some + j, int(std::min<int64_t>(kTiles, count - j)));
+            for (int64_t i = 0, n; i < all; i += n) {
+                int64_t some[kTiles];
+                for (n = 0; n < kTiles && i + n < all && (n == 0 || visits[i + n].tile > some[n - 1]); n++) {
+                    some[n] = visits[i + n].tile;
+                    if (lanes.queries_per_tile > 1) tile(some[n]).show(visits[i + n].queries, lanes.heads);
+                }
+                run(k, some, int(n));
             }
+    }
 }
 
 template <class E>
@@ -71,18 +86,20 @@ void select_forward(const Problem &problem, const NsaSelected &selected, const N
     KeyTiles tiles(problem, selected.block_size);
     PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, {kColumns});
     PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, {kPanels});
-    Lanes lanes(problem.group, false);
+    Lanes lanes(problem.group);
     Lists lists{selected, problem.at.kv_heads};
-    auto work = chunks(problem, kSelectQueries);
+    int64_t size = lanes.queries(kSelectTiles);
+    auto work = chunks(problem, size);
     parallel<typename E::Session>(problem.at.threads, int64_t(work.size()), [&] {
-        return [&, forward = Forward<E>(problem, lanes.tiles(kSelectQueries)), by_block = ByBlock()](int64_t task) mutable {
+        return [&, forward = Forward<E>(problem, lanes.tiles(size)), by_block = ByBlock()](int64_t task) mutable {
             const Chunk &chunk = work[task];
             const Sample &sample = *chunk.sample;
             int64_t first = tiles.first[chunk.sample - problem.samples.data()];
             auto blind = [&](int64_t token) { return lists.blind(sample, token, chunk.head); };
             forward.begin(chunk, lanes, query, [&](int64_t token) { return lists.see(sample, token, chunk.head); }, blind);
             by_block.build(lists, sample, chunk.head, chunk.start, chunk.stop);
-            pair_up_listed(by_block, tiles, lanes, [&](int64_t k, const int64_t *some, int n) {
+            auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
+            pair_up_listed(by_block, tiles, lanes, tile, [&](int64_t k, const int64_t *some, int n) {
                 forward.attend({keys.at(kColumns, first + k, chunk.head), values.at(kPanels, first + k, chunk.head),
                                 tiles.span(k, sample.keys)}, some, n);
             });
@@ -96,11 +113,12 @@ void select_forward(const Problem &problem, const NsaSelected &selected, const N
 template <class E>
 void select_backward_queries(const Problem &problem, const Lists &lists, const Gradients &from, const KeyTiles &tiles,
                              const PackedKeys<E> &keys, const PackedKeys<E> &values, void *grad_query) {
-    Lanes lanes(problem.group, false);
-    auto work = chunks(problem, kSelectQueries);
+    Lanes lanes(problem.group);
+    int64_t size = lanes.queries(kSelectTiles);
+    auto work = chunks(problem, size);
     int64_t panel = problem.qk_pad * kLanes;
     parallel<typename E::Session>(problem.at.threads, int64_t(work.size()), [&] {
-        int64_t most = lanes.tiles(kSelectQueries);
+        int64_t most = lanes.tiles(size);
         return [&, side = QuerySide<E>(problem, most), backward = Backward<E>(problem), by_block = ByBlock(),
                 sums = Buffer<float>(most * panel), scratch = Buffer<float>(panel)](int64_t task) mutable {
             const Chunk &chunk = work[task];
@@ -110,7 +128,8 @@ void select_backward_queries(const Problem &problem, const Lists &lists, const G
             for (int64_t i = 0; i < count; i++) side.take(i, from, TileRows(chunk, lanes, i), see, false);
             memset(sums, 0, count * panel * sizeof(float));
             by_block.build(lists, sample, chunk.head, chunk.start, chunk.stop);
-            pair_up_listed(by_block, tiles, lanes, [&](int64_t k, const int64_t *some, int n) {
+            auto tile = [&](int64_t i) -> LaneTile & { return side.tile(i); };
+            pair_up_listed(by_block, tiles, lanes, tile, [&](int64_t k, const int64_t *some, int n) {
                 BackwardTile<E> at{keys.at(kRows, first + k, chunk.head), values.at(kRows, first + k, chunk.head),
                                    keys.at(kTransposed, first + k, chunk.head), tiles.span(k, sample.keys)};
                 auto grad_query_of = [&](int64_t i) { return sums + i * panel; };
@@ -126,7 +145,7 @@ void select_backward_queries(const Problem &problem, const Lists &lists, const G
 template <class E> class BlockGradients {
   public:
     BlockGradients(const Problem &problem, const Lists &lists, const Gradients &from, const KeyTiles &tiles)
-        : problem_(problem), lists_(lists), from_(from), tiles_(tiles), lanes_(problem.group, false), side_(problem, kGroup),
+        : problem_(problem), lists_(lists), from_(from), tiles_(tiles), lanes_(problem.group), side_(problem, kGroup),
           backward_(problem), key_size_(tiles.rows * problem.qk_pad), value_size_(tiles.rows * problem.v_pad),
           grad_key_(tiles.per_block * key_size_), grad_value_(tiles.per_block * value_size_),
           scratch_(std::max(problem.qk_pad, problem.v_pad)) {}
@@ -137,16 +156,17 @@ template <class E> class BlockGradients {
         memset(grad_value_, 0, tiles_.per_block * value_size_ * sizeof(float));
         int64_t first = tiles_.first[&sample - problem_.samples.data()];
         static const int64_t some[kGroup] = {0, 1, 2, 3, 4, 5, 6, 7};
-        int64_t all = count * lanes_.tiles_per_query;
+        Listed listed{{&sample, head, sample.q_start, sample.q_start + count}, queries};
+        int64_t all = lanes_.tiles(count);
         for (int64_t i = 0; i < all; i += kGroup) {
-            take(sample, head, queries, i, std::min(i + kGroup, all));
+            take(listed, i, std::min(i + kGroup, all));
             for (int64_t j = 0; j < tiles_.per_block; j++) {
                 int64_t k = block * tiles_.per_block + j;
                 BackwardTile<E> at{keys.at(kRows, first + k, head), values.at(kRows, first + k, head), nullptr, tiles_.span(k, sample.keys)};
                 // The next group's rows lie scattered: they are asked for between the products of this one.
                 auto ahead = [&](int64_t t) {
                     int64_t next = i + kGroup + t;
-                    if (j == 0 && next < all) side_.prefetch(from_, rows_of(sample, head, queries, next));
+                    if (j == 0 && next < all) side_.prefetch(from_, rows_of(listed, next));
                 };
                 auto no_query = [](int64_t) -> float * { return nullptr; };
                 backward_.template add<false, true>(at, side_, some, kGroup, no_query, grad_key_ + j * key_size_,
@@ -157,13 +177,15 @@ template <class E> class BlockGradients {
     }
 
   private:
-    TileRows rows_of(const Sample &sample, int64_t head, const int32_t *queries, int64_t i) const {
-        int64_t token = sample.q_start + queries[i / lanes_.tiles_per_query];
-        return TileRows({&sample, head, token, token + 1}, lanes_, i % lanes_.tiles_per_query);
-    }
-    void take(const Sample &sample, int64_t head, const int32_t *queries, int64_t start, int64_t stop) {
-        auto see = [&](int64_t token) { return lists_.see(sample, token, head); };
-        for (int64_t i = start; i < stop; i++) side_.take(i - start, from_, rows_of(sample, head, queries, i), see, true);
+    // Queries of a sample that list a block; as many as the chunk is long.
+    struct Listed {
+        Chunk chunk;
+        const int32_t *queries;
+    };
+    TileRows rows_of(const Listed &listed, int64_t i) const { return TileRows(listed.chunk, lanes_, i, listed.queries); }
+    void take(const Listed &listed, int64_t start, int64_t stop) {
+        auto see = [&](int64_t token) { return lists_.see(*listed.chunk.sample, token, listed.chunk.head); };
+        for (int64_t i = start; i < stop; i++) side_.take(i - start, from_, rows_of(listed, i), see, true);
         side_.fill(stop - start);
     }
     void write(const Sample &sample, int64_t head, int64_t block, void *grad_key, void *grad_value) {

@@ -188,8 +188,8 @@ inline std::vector<Chunk> chunks(const Problem &problem, int64_t size) {
 struct Lanes {
     int64_t group, heads, queries_per_tile, tiles_per_query; // heads: of a query in a tile
 
-    Lanes(int64_t group, bool share)
-        : group(group), heads(std::min(group, kLanes)), queries_per_tile(share ? kLanes / heads : 1),
+    explicit Lanes(int64_t group)
+        : group(group), heads(std::min(group, kLanes)), queries_per_tile(kLanes / heads),
           tiles_per_query(ceil_div(group, kLanes)) {}
     int64_t tiles(int64_t queries) const { return ceil_div(queries, queries_per_tile) * tiles_per_query; }
     int64_t query(int64_t tile, int64_t lane) const { return tile / tiles_per_query * queries_per_tile + lane / heads; }
