@@ -6,16 +6,21 @@ them, which are killed when the first of them fails.
 """
 
 import json
+import multiprocessing
 import os
 import runpy
 import signal
 import sys
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 import mindspeed_nsa.pretrain.trainer  # noqa: F401
 
 
 def run(arguments: list[str]) -> int:
     """The job, as `python -m mindspeed_nsa.pretrain` in a process of its own."""
+    # Megatron's helper for saving: started as it does it, it would import torch again.
+    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
     sys.argv = ["mindspeed_nsa.pretrain", *arguments]
     try:
         runpy.run_module("mindspeed_nsa.pretrain", run_name="__main__", alter_sys=True)

@@ -64,6 +64,7 @@ class JobServer:
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin
+        self.kill()
         self._process.stdin.close()
         self._process.wait()
 

@@ -78,7 +78,7 @@ def _unfinished(checkpoints: Path) -> set[Path]:
 
 
 def _wait(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < deadline, "the job does not get there"
         time.sleep(0.002)
