@@ -123,7 +123,7 @@ def run(layouts: dict[str, Layout], folder: Path, data: Path, iterations: int) -
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     command += [str(ROOT / "tests" / "layout_worker.py"), str(ROOT / "configs" / "tiny.yaml"), str(folder / "jobs.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60 * len(jobs))
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800 + 60 * len(jobs))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-20000:]
     return {name: _read(Path(job["folder"])) for name, job in zip(layouts, jobs, strict=True)}
 
