@@ -54,7 +54,7 @@ def runs(real_text, tmp_path_factory):
 def test_the_job_chooses_among_blocks(runs):
     """The comparison below is about something: scored blocks differ between layers, groups and queries."""
     late = torch.stack(list(runs["one process"].ids.values()))[:, 1024:]
-    assert late.shape == (4 * 2 * 2, 512, 2, 16)
+    assert late.shape == (4 * 3 * 2, 512, 2, 16)  # layers, steps, micro batches
     assert len(torch.unique(late.flatten(0, 2), dim=0)) > 1000
 
 
@@ -82,8 +82,8 @@ def test_other_models_are_others(runs, name):
 
 @pytest.mark.parametrize("name", ["recompute full", "recompute selective"])
 def test_recompute_changes_no_bit(runs, name):
-    assert runs[name].losses == runs["one process"].losses
-    assert runs[name].grad_norms == runs["one process"].grad_norms
+    assert runs[name].losses == runs["one process"].losses[:2]
+    assert runs[name].grad_norms == runs["one process"].grad_norms[:2]
 
 
 @pytest.mark.parametrize("kind", SPOILED)
