@@ -27,10 +27,11 @@ from texts import prepare_text  # noqa: E402
 NEW = Version(megatron.__version__) >= Version("0.16")
 HERE = {name: layout for name, layout in LAYOUTS.items() if NEW or not layout.needs_new}
 SPOILED = {kind: Layout(1, (), spoiled=kind) for kind in ("scale", "heads")}
-# Each layout loads what the one before it in its family has saved.
+# Each layout loads what the one before it in its family has saved. Megatron-core below 0.16 stores a distributed optimizer in a
+# way of its own.
 LOADED = {
     name: (source, family[0])
-    for family in families(HERE)
+    for family in families({name: layout for name, layout in HERE.items() if NEW or "distributed" not in name})
     for source, name in zip(family[-1:] + family[:-1], family, strict=True)
 }
 
