@@ -1,5 +1,6 @@
 """One rank of runs whose losses and chosen blocks are compared over layouts: started by `layouts.run`, under torchrun."""
 
+import gc
 import json
 import os
 import sys
@@ -35,6 +36,7 @@ def main(config: str, jobs: str) -> None:
         run(Job.from_file(config, job["overrides"]))
         undo()
         torch.save(records, Path(job["folder"]) / f"rank{rank}.pt")
+        gc.collect()  # what still holds the groups that were destroyed, whose threads wake a hundred times a second
 
 
 def _record_ids() -> list[dict[str, Any]]:

@@ -1,13 +1,13 @@
 """Run `configs/tiny.yaml` on many layouts and bring back what is compared: the losses, and the blocks that were chosen.
 
-`python tests/layouts.py` runs them all and prints the table of docs/layouts.md.
+`python tests/layouts.py` runs them all and prints the table of docs/layouts.md; with `--checkpoints` it saves on each, goes on
+from there on each other, and prints the table of that.
 """
 
-import contextlib
+import itertools
 import json
 import os
-import random
-import socket
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from ports import free_ports
 
 ROOT = Path(__file__).parent.parent
 RANKS = 4
-TOLERANCE = 5e-5
+TOLERANCE, BF16_TOLERANCE = 5e-5, 2e-2
 _STEP = 2  # micro batches of a step of configs/tiny.yaml
 
 
@@ -29,6 +30,10 @@ class Layout(NamedTuple):
     like: str = "one process"  # the layout whose losses and blocks it must have
     spoiled: str = "nothing"  # a mistake to make on purpose, see `layout_worker`
     needs_new: bool = False  # megatron-core 0.16
+    tolerance: float = TOLERANCE  # of a loss
+
+    def plus(self, *overrides: str) -> "Layout":
+        return self._replace(overrides=self.overrides + overrides)
 
 
 class Run(NamedTuple):
@@ -48,6 +53,7 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 PACKED = ("data.reset_attention_mask=true", "data.reset_position_ids=true")
 EXPERTS = ("model.num_experts=4", "model.moe_ffn_hidden_size=64", "model.moe_shared_expert_intermediate_size=64")
 ONE_GROUP = ("model.num_query_groups=1",)
+BF16 = ("training.bf16=true",)
 
 LAYOUTS = {
     "one process": Layout(1, ()),
@@ -82,6 +88,16 @@ LAYOUTS = {
     "EP2 x TP2+SP": Layout(
         4, EXPERTS + _parallel(ep=2, tp=2, sequence_parallel=True, expert_tensor_parallel_size=1), like="experts"
     ),
+    "bf16": Layout(1, BF16),
+    "bf16, experts": Layout(1, EXPERTS + BF16),
+}
+LAYOUTS |= {
+    f"bf16, {name}": LAYOUTS[name].plus(*BF16)._replace(like=like, tolerance=BF16_TOLERANCE)
+    for like, names in {
+        "bf16": ("TP2+SP", "CP2 Ulysses", "CP2 all-gather", "PP2", "DP2 + distributed optimizer"),
+        "bf16, experts": ("EP2",),
+    }.items()
+    for name in names
 }
 
 
@@ -101,25 +117,59 @@ def run(layouts: dict[str, Layout], folder: Path, data: Path, iterations: int) -
                 *layout.overrides,
             ],
         }
-        for number, (layout, port) in enumerate(zip(layouts.values(), _free_ports(len(layouts)), strict=True))
+        for number, (layout, port) in enumerate(zip(layouts.values(), free_ports(len(layouts)), strict=True))
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     command += [str(ROOT / "tests" / "layout_worker.py"), str(ROOT / "configs" / "tiny.yaml"), str(folder / "jobs.json")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800 + 60 * len(jobs))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-20000:]
     return {name: _read(Path(job["folder"])) for name, job in zip(layouts, jobs, strict=True)}
 
 
+def with_checkpoints(layouts: dict[str, Layout], folder: Path, pairs: Iterable[tuple[str, str]]) -> dict[str, Layout]:
+    """The layouts, which save after each step, and for each pair the second as it goes on from the first one's first step.
+
+    It goes on for two steps: the loss of the one feels the weights, that of the other Adam's moments too. Layouts that others
+    are compared with go as far.
+    """
+    places = {name: folder / re.sub(r"\W+", "-", name) for name in layouts}
+    far, roots = "training.train_iters=3", {layout.like for layout in layouts.values()}
+    saving = {
+        name: layout.plus(f"checkpoint.save={places[name]}", "checkpoint.save_interval=1", *[far] * (name in roots))
+        for name, layout in layouts.items()
+    }
+    loading = {
+        f"{source} -> {name}": layouts[name].plus(f"checkpoint.load={places[source] / 'iter_0000001'}", far)
+        for source, name in pairs
+    }
+    return saving | loading
+
+
+def families(layouts: dict[str, Layout]) -> list[list[str]]:
+    """Names of layouts by the one that they are compared with, which is the first: they can load one another's checkpoints."""
+    roots = dict.fromkeys(layout.like for layout in layouts.values())
+    return [[root, *(name for name, layout in layouts.items() if layout.like == root and name not in roots)] for root in roots]
+
+
 def worst(run: Run, like: Run) -> float:
-    """The largest difference of any step's loss."""
-    return max(abs(a - b) for a, b in zip(run.losses, like.losses, strict=True))
+    """The largest difference of any step's loss; the other may have gone on for longer."""
+    return _apart(run.losses, like.losses[: len(run.losses)])
+
+
+def worst_after_loading(run: Run, like: Run) -> float:
+    """The same for a run that went on from what another saved after its first step."""
+    return _apart(run.losses, like.losses[1:])
+
+
+def _apart(losses: list[float], others: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(losses, others, strict=True))
 
 
 def same_ids(run: Run, like: Run) -> bool:
     """Whether the same blocks were chosen in the first step, on every layer, for every query of every micro batch."""
-    return run.ids.keys() == like.ids.keys() and not other_ids(run, like, _STEP)
+    return run.ids.keys() <= like.ids.keys() and not other_ids(run, like, _STEP)
 
 
 def other_ids(run: Run, like: Run, micro_batches: int | None = None) -> float:
@@ -170,23 +220,32 @@ def _ids(folder: Path) -> dict[tuple[int, int], torch.Tensor]:
     return whole
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free, and that no connection is given in the meantime: below the range that these are taken from."""
-    ports: list[int] = []
-    for port in range(random.randrange(12000, 30000), 32768):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            ports.append(port)
-        if len(ports) == count:
-            break
-    return ports
+def checkpoint_table(runs: dict[str, Run]) -> Iterable[str]:
+    """The table of docs/layouts.md of runs that went on from one another's checkpoints, in all pairs of a family."""
+    yield "| layout | loads each other's | is loaded by each other |"
+    yield "| --- | --- | --- |"
+    for family in families(LAYOUTS):
+        apart = {
+            (source, name): worst_after_loading(runs[f"{source} -> {name}"], runs[family[0]])
+            for source, name in itertools.product(family, repeat=2)
+        }
+        for name in family:
+            loads, is_loaded = (max(far for pair, far in apart.items() if pair[side] == name) for side in (1, 0))
+            yield f"| {name} | {loads:.1e} | {is_loaded:.1e} |"
 
 
 def main() -> None:
     from texts import prepare_text
 
     with tempfile.TemporaryDirectory() as name:
-        data = prepare_text(Path(name), (1, 3, 40, 700, 3000), held_out=0).with_name("python_train")
-        for line in table(run(LAYOUTS, Path(name), data, iterations=5)):
+        folder = Path(name)
+        data = prepare_text(folder, (1, 3, 40, 700, 3000), held_out=0).with_name("python_train")
+        if sys.argv[1:] == ["--checkpoints"]:
+            pairs = [pair for family in families(LAYOUTS) for pair in itertools.product(family, repeat=2)]
+            lines = checkpoint_table(run(with_checkpoints(LAYOUTS, folder, pairs), folder, data, iterations=1))
+        else:
+            lines = table(run(LAYOUTS, folder, data, iterations=5))
+        for line in lines:
             print(line)
 
 

@@ -243,9 +243,9 @@ LONG = """
 import torch
 from mindspeed_nsa import NativeSparseAttention, NSAConfig
 from mindspeed_nsa.bench.measure import peak_bytes
-nsa = NativeSparseAttention(NSAConfig(backend="reference"), 16, 1, 32, 32)
-shapes = ((16, 32), (1, 32), (1, 32), (16, 3))
-inputs = [torch.randn(32768, *shape, requires_grad=True) for shape in shapes]
+nsa = NativeSparseAttention(NSAConfig(backend="reference"), 2, 1, 32, 32)
+shapes = ((2, 32), (1, 32), (1, 32), (2, 3))
+inputs = [torch.randn(16384, *shape, requires_grad=True) for shape in shapes]
 print(peak_bytes(lambda: nsa(*inputs).sum().backward()))
 assert all(x.grad.isfinite().all() for x in inputs)
 """
@@ -253,8 +253,9 @@ assert all(x.grad.isfinite().all() for x in inputs)
 
 @pytest.mark.slow
 def test_long_samples_fit_in_memory():
+    """One matrix of every query's scores, of both heads, would take 2.1e9 bytes."""
     done = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=True)
-    assert 0 < int(done.stdout) < 8e9
+    assert 0 < int(done.stdout) < 1e9
 
 
 # ---- graphs

@@ -14,7 +14,8 @@ def main() -> int:
     """Run a job from the command line.
 
     Returns:
-        0, or 2 for what a user got wrong, with one line about it on the standard error of each node.
+        0, or 2 for what a user got wrong, with one line about it on the standard error of each node, or of the one rank
+        that has met it.
     """
     parser = argparse.ArgumentParser(prog="python -m mindspeed_nsa.pretrain", description="Train a GPT from a job file.")
     parser.add_argument("--config", required=True, help="job file, such as configs/quickstart.yaml")
@@ -36,11 +37,13 @@ def main() -> int:
 
         run(job)
     except ValueError as error:
+        # torchrun stops all ranks when the first one ends. Where all have the same to say, the first of a node says it.
+        rank = os.environ.get("RANK", "0")
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            # torchrun stops all ranks when the first one ends: that must be the one that has something to say.
-            time.sleep(2)
+            time.sleep(5)
+            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

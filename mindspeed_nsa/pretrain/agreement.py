@@ -46,6 +46,18 @@ def agree_on_order(datasets: Mapping[str, Any]) -> None:
     _agree({f"order of {key}": _digest(dataset) for key, dataset in datasets.items() if dataset is not None})
 
 
+def agree_on_checkpoint(folder: Path) -> None:
+    """Check that every rank has found the same checkpoint. Every rank calls it, before any loads it.
+
+    Args:
+        folder: the checkpoint's; on disks of their own, nodes may have another latest.
+
+    Raises:
+        ValueError: some rank has another one; one line that names rank and checkpoint.
+    """
+    _agree({"checkpoint.load": folder.name})
+
+
 def _agree(mine: dict[str, Any]) -> None:
     ranks: list[dict[str, Any]] = [{} for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(ranks, mine)

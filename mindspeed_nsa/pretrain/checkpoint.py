@@ -11,7 +11,9 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
+import uuid
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,17 @@ from typing import Any, ClassVar
 
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+)
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from mindspeed_nsa.pretrain.agreement import agree_on_checkpoint
 from mindspeed_nsa.pretrain.job import Job
 
 _LATEST = "latest_checkpointed_iteration.txt"
@@ -30,6 +39,11 @@ _LATEST = "latest_checkpointed_iteration.txt"
 _FREE = {"seq_length", "max_position_embeddings", "init_method_std", "hidden_dropout", "backend", "strict"}
 # Layers may differ in kind, so each is stored under its own number.
 _MODEL_METADATA = {"non_homogeneous_layers": True}
+# Whether a distributed optimizer stores whole tensors, as one that is not distributed does: from megatron-core 0.16 on.
+_ONE_FORMAT = "fully_reshardable" in getattr(DistributedOptimizer, "checkpoint_fully_reshardable_formats", ())
+# Names of Adam's own copy of a weight.
+_COPIES = ("optimizer.state.fp32_param", "optimizer.state.param")
+_COPY = re.compile(r"optimizer\.state\.(?:fp32_)?param\.(.+)")
 
 
 @dataclass
@@ -52,13 +66,10 @@ class State:
     scheduler: Any
     progress: Progress
 
-    def sharded(self, job: Job, *, is_loading: bool, with_random: bool = True) -> dict[str, Any]:
-        """The state as Megatron's sharded state dict."""
-        model = _sharded_weights(self.models)
-        optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, **_optimizer_format(job))
+    def sharded(self, *, with_random: bool = True) -> dict[str, Any]:
+        """All of it but the optimizer, as Megatron's sharded state dict."""
         sharded = {
-            "model": model,
-            "optimizer": optimizer,
+            "model": _sharded_weights(self.models),
             "scheduler": self.scheduler.state_dict(),
             "iteration": self.progress.iteration,
             "consumed_samples": self.progress.consumed_samples,
@@ -69,14 +80,15 @@ class State:
             sharded["random"] = ShardedTensor.from_rank_offsets("random", torch.cat(_random_states()), offset)
         return sharded
 
-
-def _optimizer_format(job: Job) -> dict[str, Any]:
-    """The format of a distributed optimizer that any layout can load, as this Megatron-core names it."""
-    if not job.parallel.use_distributed_optimizer:
-        return {}
-    if "fully_reshardable" in getattr(DistributedOptimizer, "checkpoint_fully_reshardable_formats", ()):
-        return {"metadata": {"distrib_optim_sharding_type": "fully_reshardable"}}
-    return {"sharding_type": "fully_sharded_model_space"}
+    def sharded_optimizer(self, job: Job, *, is_loading: bool = False) -> dict[Any, Any]:
+        """The optimizer's as Megatron's sharded state dict, in the format that any layout can load."""
+        weights = _sharded_weights(self.models)
+        settings: dict[str, Any] = {}
+        if _ONE_FORMAT:
+            settings = {"metadata": {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}}
+        elif job.parallel.use_distributed_optimizer:
+            settings = {"sharding_type": "fully_sharded_model_space"}
+        return self.optimizer.sharded_state_dict(weights, is_loading=is_loading, **settings)
 
 
 def find(path: str) -> Path:
@@ -87,8 +99,8 @@ def find(path: str) -> Path:
     """
     folder = Path(path)
     with contextlib.suppress(OSError, ValueError):
-        folder = folder / f"iter_{int((folder / _LATEST).read_text()):07d}"
-    if not (folder / "metadata.json").is_file() or not (folder / "job.json").is_file():
+        folder = _folder(folder, int((folder / _LATEST).read_text()))
+    if not _is_whole(folder):
         raise ValueError(f"checkpoint.load: {path}: no checkpoint there (neither {_LATEST} nor a whole iter_ folder)")
     return folder
 
@@ -142,7 +154,8 @@ def save(job: Job, state: State) -> Path:
     """
     assert job.checkpoint.save
     description = {**_sections(job), "layout": _layout(job)}
-    return _write(Path(job.checkpoint.save), state.progress.iteration, state.sharded(job, is_loading=False), description)
+    sharded = {**state.sharded(), "optimizer": state.sharded_optimizer(job)}
+    return _write(Path(job.checkpoint.save), state.progress.iteration, sharded, description)
 
 
 def save_weights(job: Job, models: list[Any], root: Path) -> Path:
@@ -155,23 +168,55 @@ def save_weights(job: Job, models: list[Any], root: Path) -> Path:
 
 
 def _write(root: Path, iteration: int, sharded: dict[str, Any], description: dict[str, Any]) -> Path:
-    folder = root / f"iter_{iteration:07d}"
-    unfinished = root / f".{folder.name}"
-    first = torch.distributed.get_rank() == 0
+    # Unlike the name that a killed run wrote to: a process that it left may still be writing.
+    names = [_unused_name(root, iteration)]
+    torch.distributed.broadcast_object_list(names)
+    unfinished, first = root / names[0], torch.distributed.get_rank() == 0
     if first:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for left in root.glob(".iter_*"):
+            shutil.rmtree(left, ignore_errors=True)
         unfinished.mkdir(parents=True)
     torch.distributed.barrier()
     dist_checkpointing.save(sharded, str(unfinished))
     if first:
         (unfinished / "job.json").write_text(json.dumps(description), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
-        latest = root / f".{_LATEST}"
-        latest.write_text(f"{iteration}\n")
-        os.replace(latest, root / _LATEST)
+        _publish(unfinished, root, iteration)
     torch.distributed.barrier()
-    return folder
+    return _folder(root, iteration)
+
+
+def _publish(unfinished: Path, root: Path, iteration: int) -> None:
+    """Give a finished checkpoint its place. Whenever it is killed, the latest that is named is a whole one."""
+    folder = _folder(root, iteration)
+    if folder.exists():  # a run that went on from an earlier checkpoint comes here again
+        others = [other for other in root.glob("iter_*") if other.name < folder.name and _is_whole(other)]
+        if others:
+            _name_latest(root, max(others))
+        replaced = root / _unused_name(root, iteration)
+        os.replace(folder, replaced)
+        os.replace(unfinished, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        os.replace(unfinished, folder)
+    _name_latest(root, folder)
+
+
+def _name_latest(root: Path, folder: Path) -> None:
+    written = root / f".{_LATEST}"
+    written.write_text(f"{int(folder.name.removeprefix('iter_'))}\n")
+    os.replace(written, root / _LATEST)
+
+
+def _folder(root: Path, iteration: int) -> Path:
+    return root / f"iter_{iteration:07d}"
+
+
+def _unused_name(root: Path, iteration: int) -> str:
+    return f".{_folder(root, iteration).name}.{uuid.uuid4().hex[:8]}"
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "metadata.json").is_file() and (folder / "job.json").is_file()
 
 
 def load(job: Job, state: State) -> str:
@@ -181,10 +226,11 @@ def load(job: Job, state: State) -> str:
         A line that says what was loaded.
 
     Raises:
-        ValueError: the checkpoint is of another model, or its metadata is not what torch writes.
+        ValueError: the checkpoint is of another model, its metadata is not what torch writes, or some rank finds another one.
     """
     assert job.checkpoint.load
     folder = find(job.checkpoint.load)
+    agree_on_checkpoint(folder)
     stored = stored_job(folder)
     if _has_weights_only(stored):
         load_weights(state.models, folder)
@@ -192,17 +238,10 @@ def load(job: Job, state: State) -> str:
         return f"loaded {folder} (weights alone, as converted: optimizer, schedule and data start anew)"
     _check_weights(state.models, folder)
     same_layout = stored["layout"] == _layout(job)
-    if job.parallel.use_distributed_optimizer:
-        _start_adam(state.optimizer)
-    loaded = _read(state.sharded(job, is_loading=True, with_random=same_layout), folder)
+    loaded = _read(state.sharded(with_random=same_layout), folder)
     for run, model in enumerate(state.models):
         model.load_state_dict(loaded["model"][str(run)])
-    settings = _group_settings(state.optimizer)
-    state.optimizer.load_state_dict(loaded["optimizer"])
-    for group, own in zip(state.optimizer.param_groups, settings, strict=True):
-        group.update(own)
-    if job.parallel.use_distributed_optimizer:
-        _separate_steps(state.optimizer)
+    _load_optimizer(job, state, folder, step=loaded["iteration"])
     state.scheduler.load_state_dict(loaded["scheduler"])
     state.progress.iteration, state.progress.consumed_samples = loaded["iteration"], loaded["consumed_samples"]
     if same_layout:
@@ -247,16 +286,53 @@ def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _sharded_weights(models: list[Any]) -> dict[str, dict[str, Any]]:
     """By run of layers: a checkpoint's parts are merged by name, which lists of several lengths cannot be."""
-    return {str(run): model.sharded_state_dict(metadata=_MODEL_METADATA) for run, model in enumerate(models)}
+    # Copies: Megatron notes this run's process groups in what it is handed.
+    return {str(run): model.sharded_state_dict(metadata=dict(_MODEL_METADATA)) for run, model in enumerate(models)}
 
 
-def _group_settings(optimizer: Any) -> list[dict[str, Any]]:
-    """What the job says of each group of parameters.
+def _load_optimizer(job: Job, state: State, folder: Path, step: int) -> None:
+    """Load Adam's moments, and its own copies of the weights, whichever kind of optimizer saved them.
 
-    Megatron stores the groups of the first rank; another pipeline stage may have them in another order, and before
-    0.16 would take the weight decay of one for the other.
+    Tensors alone are loaded. What Megatron stores beside them is of the first rank's groups of parameters, and another rank
+    or another kind of optimizer has others: what holds of a group, the job says. An iteration is one `step` of Adam.
     """
-    return [{key: group[key] for key in group if key not in ("params", "step")} for group in optimizer.param_groups]
+    if job.parallel.use_distributed_optimizer:
+        _start_adam(state.optimizer)
+    wanted, own = extract_sharded_base(state.sharded_optimizer(job, is_loading=True))
+    stored = _stored_shapes(folder).keys()
+    for tensor in nested_values(wanted):
+        tensor.key = _stored_name(tensor.key, stored)
+    dict_list_map_inplace(lambda value: value.unwrap() if isinstance(value, LocalNonpersistentObject) else value, own)
+    merge(own, _read({"tensors": wanted}, folder)["tensors"])
+    _set_step(own, step)
+    state.optimizer.load_state_dict(own)
+    for adam in _torch_adams(state.optimizer):
+        for moments in adam.state.values():  # a distributed optimizer loads one tensor into all of them
+            moments["step"] = moments["step"].clone()
+
+
+def _stored_name(name: str, stored: Collection[str]) -> str:
+    """The name of an optimizer's tensor in a checkpoint.
+
+    Adam's own copy of a weight goes by two names; in float32 it has none without a distributed optimizer, and the weight
+    is its like.
+    """
+    if name in stored or not (copy := _COPY.fullmatch(name)):
+        return name
+    names = [f"{kind}.{copy[1]}" for kind in _COPIES]
+    return next((other for other in names if other in stored), copy[1])
+
+
+def _set_step(state: dict[Any, Any], step: int) -> None:
+    """Write how often Adam has stepped wherever an optimizer's state says it."""
+    for key, value in state.items():
+        if key == "param_groups":
+            for group in value:
+                group["step"] = step
+        elif key == "state":
+            value["common_step"] = torch.tensor(float(step))
+        elif isinstance(value, dict):
+            _set_step(value, step)
 
 
 def _start_adam(optimizer: Any) -> None:
@@ -267,13 +343,6 @@ def _start_adam(optimizer: Any) -> None:
             adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
 
-def _separate_steps(optimizer: Any) -> None:
-    """A distributed optimizer loads one step into all of Adam's states, where each counts its own."""
-    for adam in _torch_adams(optimizer):
-        for state in adam.state.values():
-            state["step"] = state["step"].clone()
-
-
 def _torch_adams(optimizer: Any) -> list[torch.optim.Optimizer]:
     inner = [part.optimizer for part in optimizer.chained_optimizers]
     return [adam for adam in inner if isinstance(adam, (torch.optim.Adam, torch.optim.AdamW))]
@@ -281,12 +350,14 @@ def _torch_adams(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 def _sections(job: Job) -> dict[str, dict[str, Any]]:
     """What a checkpoint and a job that loads it must have in common: the model, and what the optimizer keeps."""
-    return {
+    sections = {
         "model": job.model.model_dump(mode="json"),
         "nsa": job.nsa.model_dump(mode="json") if job.nsa.enabled else {"enabled": False},
-        "parallel": {"use_distributed_optimizer": job.parallel.use_distributed_optimizer},
         "training": {"bf16": job.training.bf16},
     }
+    if not _ONE_FORMAT:
+        sections["parallel"] = {"use_distributed_optimizer": job.parallel.use_distributed_optimizer}
+    return sections
 
 
 def _layout(job: Job) -> list[Any]:

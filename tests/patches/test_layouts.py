@@ -8,13 +8,32 @@ import torch
 
 megatron = pytest.importorskip("megatron.core")
 
-from layouts import LAYOUTS, ROOT, TOLERANCE, Layout, other_ids, run, same_ids, worst  # noqa: E402
+from layouts import (  # noqa: E402
+    LAYOUTS,
+    ROOT,
+    TOLERANCE,
+    Layout,
+    families,
+    other_ids,
+    run,
+    same_ids,
+    with_checkpoints,
+    worst,
+    worst_after_loading,
+)
 from packaging.version import Version  # noqa: E402
 from texts import prepare_text  # noqa: E402
 
 NEW = Version(megatron.__version__) >= Version("0.16")
 HERE = {name: layout for name, layout in LAYOUTS.items() if NEW or not layout.needs_new}
 SPOILED = {kind: Layout(1, (), spoiled=kind) for kind in ("scale", "heads")}
+# Each layout loads what the one before it in its family has saved. Megatron-core below 0.16 stores a distributed optimizer in a
+# way of its own.
+LOADED = {
+    name: (source, family[0])
+    for family in families({name: layout for name, layout in HERE.items() if NEW or "distributed" not in name})
+    for source, name in zip(family[-1:] + family[:-1], family, strict=True)
+}
 
 pytestmark = pytest.mark.slow
 needs_new = pytest.mark.skipif(not NEW, reason="megatron-core below 0.16 splits no KV group over ranks")
@@ -28,23 +47,33 @@ def real_text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(real_text, tmp_path_factory):
-    return run(HERE | SPOILED, tmp_path_factory.mktemp("runs"), real_text, iterations=2)
+    pairs = [(source, name) for name, (source, _) in LOADED.items()]
+    layouts = with_checkpoints(HERE, tmp_path_factory.mktemp("checkpoints"), pairs)
+    return run(layouts | SPOILED, tmp_path_factory.mktemp("runs"), real_text, iterations=2)
 
 
 def test_the_job_chooses_among_blocks(runs):
     """The comparison below is about something: scored blocks differ between layers, groups and queries."""
     late = torch.stack(list(runs["one process"].ids.values()))[:, 1024:]
-    assert late.shape == (4 * 2 * 2, 512, 2, 16)
+    assert late.shape == (4 * 3 * 2, 512, 2, 16)  # layers, steps, micro batches
     assert len(torch.unique(late.flatten(0, 2), dim=0)) > 1000
 
 
 @pytest.mark.parametrize("name", sorted(HERE.keys() - {layout.like for layout in LAYOUTS.values()}))
 def test_every_layout_trains_the_same_model(runs, name):
     mine, like = runs[name], runs[HERE[name].like]
-    assert worst(mine, like) <= TOLERANCE
-    assert mine.grad_norms == pytest.approx(like.grad_norms, rel=1e-4)
+    assert worst(mine, like) <= HERE[name].tolerance
+    if HERE[name].tolerance > TOLERANCE:
+        return  # in bfloat16 blocks may change places where their scores are next to equal
+    assert mine.grad_norms == pytest.approx(like.grad_norms[:2], rel=1e-4)
     assert same_ids(mine, like)
     assert other_ids(mine, like) < 1e-3
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_every_layout_goes_on_from_the_checkpoint_of_another(runs, name):
+    source, like = LOADED[name]
+    assert worst_after_loading(runs[f"{source} -> {name}"], runs[like]) <= HERE[name].tolerance
 
 
 @pytest.mark.parametrize("name", ["packed", "one group", "experts"])
@@ -54,8 +83,8 @@ def test_other_models_are_others(runs, name):
 
 @pytest.mark.parametrize("name", ["recompute full", "recompute selective"])
 def test_recompute_changes_no_bit(runs, name):
-    assert runs[name].losses == runs["one process"].losses
-    assert runs[name].grad_norms == runs["one process"].grad_norms
+    assert runs[name].losses == runs["one process"].losses[:2]
+    assert runs[name].grad_norms == runs["one process"].grad_norms[:2]
 
 
 @pytest.mark.parametrize("kind", SPOILED)

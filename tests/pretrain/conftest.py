@@ -1,12 +1,9 @@
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from jobs import arguments, command, environment
+from jobs import JobServer, arguments, rows
 from texts import prepare_text
 
 
@@ -27,45 +24,20 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def forked(tmp_path_factory) -> Iterator[Callable[[list[str]], tuple[int, str, str]]]:
-    """Run a job of one process (see `forked.py`): its arguments to its exit code, stdout and stderr."""
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("forked.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment(),
-        text=True,
-    )
-    assert server.stdin and server.stdout
-
-    def run(arguments: list[str]) -> tuple[int, str, str]:
-        folder = tmp_path_factory.mktemp("output")
-        stdout, stderr = folder / "stdout", folder / "stderr"
-        request = {"arguments": arguments, "stdout": str(stdout), "stderr": str(stderr)}
-        print(json.dumps(request), file=server.stdin, flush=True)
-        code = int(server.stdout.readline())
-        return code, stdout.read_text(), stderr.read_text()
-
-    yield run
-    server.stdin.close()
-    server.wait()
+def server(tmp_path_factory) -> Iterator[JobServer]:
+    with JobServer(tmp_path_factory.mktemp("output")) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")
-def run_job(text, forked, tmp_path_factory) -> Callable[..., Run]:
+def run_job(text, server, tmp_path_factory) -> Callable[..., Run]:
     """Run a small job: `run_job(*overrides, ranks=0, folder=None, ok=True)`; a job that should work must."""
 
     def run(*overrides: str, ranks: int = 0, folder: Path | None = None, ok: bool = True) -> Run:
         folder = folder or tmp_path_factory.mktemp("run")
-        if ranks:
-            line = command(text, folder, overrides, ranks)
-            done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300)
-            code, stdout, stderr = done.returncode, done.stdout, done.stderr
-        else:
-            code, stdout, stderr = forked(arguments(text, folder, overrides))
+        server.start(arguments(text, folder, overrides), ranks)
+        code, stdout, stderr = server.wait()
         assert not ok or code == 0, stdout[-2000:] + stderr[-6000:]
-        metrics = folder / "metrics.jsonl"
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-        return Run(code, stdout, stderr, rows)
+        return Run(code, stdout, stderr, rows(folder))
 
     return run
