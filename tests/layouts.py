@@ -1,6 +1,6 @@
 """Run `configs/tiny.yaml` on many layouts and bring back what is compared: the losses, and the blocks that were chosen.
 
-`python tests/layouts.py` runs them all and prints the table of docs/layouts.md.
+`python tests/layouts.py` runs them all and prints the tables of docs/layouts.md and docs/plan.md.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import wire
 
 ROOT = Path(__file__).parent.parent
 RANKS = 4
@@ -35,6 +36,7 @@ class Run(NamedTuple):
     losses: list[float]
     grad_norms: list[float]
     ids: dict[tuple[int, int], torch.Tensor]  # by layer and micro batch: [T, all groups, blocks]
+    messages: list[wire.Counter[wire.Message]]  # of each rank in the first step
 
 
 def _parallel(**sizes: object) -> tuple[str, ...]:
@@ -68,6 +70,8 @@ LAYOUTS = {
     "TP2 x CP2 all-gather": Layout(4, _parallel(tp=2, cp=2, **GATHER)),
     "TP2 x DP2": Layout(4, _parallel(tp=2)),
     "CP2 Ulysses x PP2": Layout(4, _parallel(cp=2, pp=2, **ULYSSES)),
+    "TP2+SP, recompute full": Layout(2, _parallel(tp=2, sequence_parallel=True, **FULL)),
+    "CP4 Ulysses, recompute selective": Layout(4, _parallel(cp=4, recompute_granularity="selective", **ULYSSES)),
     "CP2 all-gather x PP2": Layout(4, _parallel(cp=2, pp=2, **GATHER)),
     "packed": Layout(1, PACKED),
     "packed, CP2 Ulysses": Layout(2, PACKED + _parallel(cp=2, **ULYSSES), like="packed", needs_new=True),
@@ -151,7 +155,7 @@ def table(runs: dict[str, Run]) -> Iterable[str]:
 
 def _read(folder: Path) -> Run:
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return Run([row["loss"] for row in rows], [row["grad_norm"] for row in rows], _ids(folder))
+    return Run([row["loss"] for row in rows], [row["grad_norm"] for row in rows], _ids(folder), _messages(folder))
 
 
 def _ids(folder: Path) -> dict[tuple[int, int], torch.Tensor]:
@@ -170,6 +174,10 @@ def _ids(folder: Path) -> dict[tuple[int, int], torch.Tensor]:
     return whole
 
 
+def _messages(folder: Path) -> list[wire.Counter[wire.Message]]:
+    return [wire.read(folder / f"wire{rank}.json") for rank in range(len(list(folder.glob("wire*.json"))))]
+
+
 def _free_ports(count: int) -> list[int]:
     """Ports that are free, and that no connection is given in the meantime: below the range that these are taken from."""
     ports: list[int] = []
@@ -186,8 +194,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         data = prepare_text(Path(name), (1, 3, 40, 700, 3000), held_out=0).with_name("python_train")
-        for line in table(run(LAYOUTS, Path(name), data, iterations=5)):
-            print(line)
+        runs = run(LAYOUTS, Path(name), data, iterations=5)
+    print(*table(runs), sep="\n", end="\n\n")
+    split = {name: result.messages for name, result in runs.items() if LAYOUTS[name].ranks > 1}
+    print(*wire.table(split, {name: LAYOUTS[name].overrides for name in split}), sep="\n")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,14 @@ from mindspeed_nsa.pretrain.job import Job
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = ("model.swiglu=false", "model.v_head_dim=8", "training.bf16=true", "nsa.separate_kv=false", "nsa.gate=query")
-# 4 layers of hidden 128, 8 heads of 16 and 8 in 2 groups, feed-forward of 512: query, key and value; output; feed-forward.
-LAYER = 128 * (8 * 16 + 2 * (16 + 8)) + 8 * 8 * 128 + 2 * 128 * 512
 VOCABULARY = 384
+# 4 layers of hidden 128, 8 heads of 16 and 8 in 2 groups, feed-forward of 512: query, key and value; output; feed-forward.
+NETWORK = 2 * 128 * 512
+MATRICES = 128 * (8 * 16 + 2 * (16 + 8)) + 8 * 8 * 128 + NETWORK
+# Pooling: a weight for keys and one for values, and a position for values; gates from the query.
+POOLING, GATES, NORMS = 32 * 2 * (2 + 8), 3 * 8 * (16 + 1), 2 * 128
+LAYER = MATRICES + POOLING + GATES + NORMS
+ENDS = VOCABULARY * 128 + 128
 
 
 def small(*overrides):
@@ -17,11 +22,13 @@ def small(*overrides):
 
 
 def test_parameters_of_a_gqa_layer():
-    assert parameter_count(small(), VOCABULARY) == 4 * LAYER + VOCABULARY * 128
+    assert parameter_count(small(), VOCABULARY) == 4 * LAYER + ENDS
     untied = parameter_count(small("model.untie_embeddings_and_output_weights=true"), VOCABULARY)
-    assert untied == 4 * LAYER + 2 * VOCABULARY * 128
-    branches = parameter_count(small("nsa.separate_kv=true", "nsa.gate=hidden", "nsa.layers=[1]"), VOCABULARY)
-    assert branches == 4 * LAYER + 128 * (2 * 2 * (16 + 8) + 3 * 8) + VOCABULARY * 128
+    assert untied == 4 * LAYER + ENDS + VOCABULARY * 128
+    branches = parameter_count(small("nsa.separate_kv=true", "nsa.gate=hidden"), VOCABULARY)
+    assert branches == 4 * (LAYER - GATES + 128 * 2 * 2 * (16 + 8) + (128 + 1) * 3 * 8) + ENDS
+    dense = 128 * (8 * 16 + 2 * 2 * 16) + 8 * 16 * 128 + NETWORK + NORMS
+    assert parameter_count(small("nsa.layers=[1]"), VOCABULARY) == LAYER + 3 * dense + ENDS
 
 
 def test_parameters_of_published_models():
@@ -32,9 +39,26 @@ def test_parameters_of_published_models():
     assert parameter_count(Job.read(CONFIGS / "nsa_27b.yaml"), 129280) == pytest.approx(27e9, rel=0.05)
 
 
-@pytest.mark.parametrize("latent", [False, True])
-def test_parameters_are_those_of_the_model_that_is_built(latent):
-    """But for norms, biases and the pooling: less than 3 % of so small a model."""
+LATENT = ("model.multi_latent_attention=true", "model.num_query_groups=8", "model.q_lora_rank=64", "model.kv_channels=")
+FROM_QUERY = ("nsa.gate=query", "nsa.separate_kv=false")
+EXPERTS = ("model.num_experts=4", "model.moe_ffn_hidden_size=64", "model.moe_shared_expert_intermediate_size=64")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.v_head_dim=8",),
+        (*LATENT, *FROM_QUERY),
+        (*LATENT, *FROM_QUERY, "model.qk_layernorm=true", "model.q_lora_rank="),
+        ("model.add_bias_linear=true", "model.qk_layernorm=true", "model.normalization=LayerNorm"),
+        ("model.add_qkv_bias=true", "model.swiglu=false", "model.position_embedding_type=learned_absolute"),
+        (*EXPERTS, "nsa.layers=[1, 2]", "nsa.compression=mlp", "nsa.gate=query"),
+        (*EXPERTS[:2], "model.add_bias_linear=true", "nsa.compression=mean", "model.untie_embeddings_and_output_weights=true"),
+        ("nsa.enabled=false",),
+    ],
+    ids=lambda overrides: overrides[0].partition("=")[0],
+)
+def test_parameters_are_those_of_the_model_that_is_built(overrides):
     torch = pytest.importorskip("torch")
     pytest.importorskip("megatron.core")
     from megatron.core import parallel_state
@@ -42,9 +66,7 @@ def test_parameters_are_those_of_the_model_that_is_built(latent):
     from mindspeed_nsa.patches import cpu_host
     from mindspeed_nsa.pretrain.model import build_models
 
-    overrides = ["model.multi_latent_attention=true", "model.num_query_groups=8", "model.q_lora_rank=64", "model.kv_channels="]
-    nsa = ["nsa.gate=query", "nsa.separate_kv=false"]
-    job = Job.read(CONFIGS / "tiny.yaml", [*overrides, *nsa] if latent else ["model.v_head_dim=8"])
+    job = Job.read(CONFIGS / "tiny.yaml", overrides)
     cpu_host.install()
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
@@ -55,8 +77,7 @@ def test_parameters_are_those_of_the_model_that_is_built(latent):
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()
         cpu_host.uninstall()
-    counted = parameter_count(job, VOCABULARY)
-    assert counted < built < 1.03 * counted
+    assert parameter_count(job, VOCABULARY) == built
 
 
 def test_state_is_shared_by_tensor_pipeline_and_data_parallel_ranks():
@@ -65,7 +86,9 @@ def test_state_is_shared_by_tensor_pipeline_and_data_parallel_ranks():
     assert (one.weights, one.gradients, one.optimizer) == (2 * parameters, 4 * parameters, 12 * parameters)
     assert one.total == sum(one) + RESERVE
     split = estimate(small("parallel.tensor_model_parallel_size=2"), 4, VOCABULARY)
-    assert (split.weights, split.optimizer) == (parameters, 6 * parameters)
+    norms = 4 * NORMS + 128
+    held = (parameters - norms) // 2 + norms
+    assert (split.weights, split.optimizer) == (2 * held, 12 * held)
     sharded = estimate(small("parallel.use_distributed_optimizer=true"), 4, VOCABULARY)
     assert (sharded.weights, sharded.optimizer) == (2 * parameters, 3 * parameters)
     stages = estimate(small("parallel.pipeline_model_parallel_size=2"), 2, VOCABULARY)
@@ -77,8 +100,7 @@ def test_state_is_shared_by_tensor_pipeline_and_data_parallel_ranks():
 def test_experts_are_shared_by_expert_parallel_ranks():
     experts = ("model.num_experts=8", "model.moe_layer_freq=([0]*1+[1]*3)", "model.moe_ffn_hidden_size=64")
     shared = "model.moe_shared_expert_intermediate_size=32"
-    attention = LAYER - 2 * 128 * 512
-    dense = 4 * attention + 2 * 128 * 512 + 3 * (8 * 128 + 2 * 128 * 32) + VOCABULARY * 128
+    dense = 4 * (LAYER - NETWORK) + NETWORK + 3 * (8 * 128 + 2 * 128 * 32) + ENDS
     routed = 3 * 8 * 2 * 128 * 64
     assert parameter_count(small(*experts, shared), VOCABULARY) == dense + routed
     layout = (

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import wire
 
 megatron = pytest.importorskip("megatron.core")
 
@@ -45,6 +46,17 @@ def test_every_layout_trains_the_same_model(runs, name):
     assert mine.grad_norms == pytest.approx(like.grad_norms, rel=1e-4)
     assert same_ids(mine, like)
     assert other_ids(mine, like) < 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(name for name, layout in HERE.items() if layout.ranks > 1))
+def test_the_bytes_on_the_wire_are_those_of_the_plan(runs, name):
+    """Of every rank and dimension; what the plan leaves out does not grow with the model."""
+    layout = HERE[name]
+    assert len(runs[name].messages) == layout.ranks
+    for rank, messages in enumerate(runs[name].messages):
+        seen = wire.counted(messages)
+        assert seen.pop("other") < 10_000
+        assert seen == pytest.approx(wire.planned(layout.overrides, layout.ranks, rank), rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["packed", "one group", "experts"])
