@@ -181,7 +181,7 @@ def _layer_parameters(job: Job, number: int) -> int:
         if nsa.gate == "query":
             split += heads * 3 * (query + 1)
     if model.expert_layers[number]:
-        replicated += hidden * (model.num_experts or 0)
+        replicated += (hidden + bias) * (model.num_experts or 0)
     width = feed_forward_width(job, number)
     replicated += hidden * bias * (width > 0)
     split += (_matrices(job) * hidden + bias * (_matrices(job) - 1)) * width
@@ -247,37 +247,47 @@ def _activations(job: Job, layers: list[int], in_flight: float) -> float:
 
 def _layer_bytes(job: Job, number: int) -> float:
     """Bytes that a layer keeps for its backward pass."""
-    parallel, model = job.parallel, job.model
-    own = own_tokens(job)
-    # What enters the two norms, and what leaves them.
-    kept = own * 4 * model.hidden_size * bytes_of(job) + _attention_bytes(job, number)
-    # A gate and a value, and their product.
-    parts = 3 if model.swiglu else 2
+    model, own, width = job.model, own_tokens(job), bytes_of(job)
+    # RMSNorm keeps its input and the normalised input in float32, LayerNorm its input; both their output.
+    norm = 8 + width if model.normalization == "RMSNorm" else 2 * width
+    kept = own * 2 * model.hidden_size * norm + _attention_bytes(job, number)
+    # Gate and value, the gate's activation, the value with its offset, and the product.
+    parts = 5 if model.swiglu else 2
     if model.expert_layers[number]:
-        kept += own * model.moe_router_topk * (2 * model.hidden_size + parts * expert_width(job)) * bytes_of(job)
-    tokens = model.seq_length * job.training.micro_batch_size // parallel.context_parallel_size
-    return kept + tokens * parts * feed_forward_width(job, number) // parallel.tensor_model_parallel_size * bytes_of(job)
+        # There the product once more, with the expert's probability.
+        kept += own * model.moe_router_topk * (2 * model.hidden_size + (parts + 1) * expert_width(job)) * width
+    tokens = model.seq_length * job.training.micro_batch_size // job.parallel.context_parallel_size
+    return kept + tokens * parts * feed_forward_width(job, number) // job.parallel.tensor_model_parallel_size * width
 
 
 def _attention_bytes(job: Job, number: int) -> float:
     """Bytes that the attention of a layer keeps, its projections' inputs left out."""
-    model, nsa = job.model, job.nsa
+    model, nsa, context = job.model, job.nsa, job.parallel.context_parallel_size
     heads, groups = job.run_heads.head_num, job.run_heads.kv_head_num
     sparse = is_sparse(job, number)
     # The chip's operators take these dims; what is smaller is padded.
     query, value = SELECT_DIMS if sparse else (model.head_width, model.value_width)
     branches = 3 if sparse else 1
     copies = 3 if sparse and nsa.separate_kv else 1
-    pooled = groups * (query + value) / nsa.compress_stride if sparse else 0
-    inside = 0.0
+    inside, pooled = 0.0, 0.0
     if job.parallel.recompute_granularity != "selective":
         inside = branches * heads * (value * bytes_of(job) + _STATISTICS) + sparse * 4 * groups * nsa.select_block_count
+        pooled = sparse * groups * (query + value) / nsa.compress_stride
     mixed = heads * value + (3 * heads if sparse else 0)
     tokens = model.seq_length * job.training.micro_batch_size
-    queries = tokens if job.parallel.cp_comm_type == "a2a" else tokens // job.parallel.context_parallel_size
+    queries = tokens if job.parallel.cp_comm_type == "a2a" else tokens // context
     of_a_query = (heads * query + mixed) * bytes_of(job) + inside
     of_a_key = (copies * groups * (query + value) + pooled) * bytes_of(job)
-    return queries * of_a_query + tokens * of_a_key
+    return queries * of_a_query + tokens * of_a_key + model.seq_length // context * _rotary_bytes(job)
+
+
+def _rotary_bytes(job: Job) -> float:
+    """Cosine and sine of a position, for query and for key."""
+    model = job.model
+    if model.position_embedding_type != "rope":
+        return 0.0
+    dims = model.qk_pos_emb_head_dim if model.multi_latent_attention else model.head_width * model.rotary_percent
+    return 4 * dims * bytes_of(job)
 
 
 def own_tokens(job: Job) -> float:
