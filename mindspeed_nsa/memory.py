@@ -241,8 +241,9 @@ def _activations(job: Job, layers: list[int], in_flight: float) -> float:
     if parallel.recompute_method == "uniform":
         # What enters each run of layers is kept; one run at a time is computed again, whole.
         return -(-len(layers) // again) * entry * in_flight + again * largest + largest
-    kept = sorted(whole[again:], reverse=True)
-    return (min(again, len(layers)) * entry + sum(kept)) * in_flight + 2 * largest
+    of_run = len(layers) // job.pipeline_runs
+    kept = [size for i, size in enumerate(whole) if i % of_run >= again]
+    return ((len(layers) - len(kept)) * entry + sum(kept)) * in_flight + 2 * largest
 
 
 def _layer_bytes(job: Job, number: int) -> float:

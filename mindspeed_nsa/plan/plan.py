@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mindspeed_nsa.memory import Estimate, Parameters, estimate_stage, stage_layers, stage_parameters
-from mindspeed_nsa.plan import layouts
+from mindspeed_nsa.plan import nearest
 from mindspeed_nsa.plan.bounds import Bound, Hardware, TokenFlops, bound, hardware, token_flops
 from mindspeed_nsa.plan.wire import Message, step_messages
 from mindspeed_nsa.pretrain.job import Job
@@ -71,7 +71,7 @@ class Refusal(NamedTuple):
 
 
 def make(job: Job, nodes: int, world_size: int, rows: int, chip: Hardware) -> Plan:
-    """Plan a job that `layouts.read` has checked for `world_size`."""
+    """Plan a job that `nearest.read` has checked for `world_size`."""
     flops = token_flops(job, rows)
     ranks = []
     for stage in range(job.parallel.pipeline_model_parallel_size):
@@ -112,7 +112,7 @@ def sweep(
     for count, length in itertools.product(nodes, lengths or of_file):
         changed = overrides if length is None else [*overrides, f"model.seq_length={length}"]
         try:
-            job = layouts.read(config, changed, count * ranks_per_node, trainer)
+            job = nearest.read(config, changed, count * ranks_per_node, trainer)
         except ValueError as error:
             cells.append(Refusal(count, length, str(error)))
             continue

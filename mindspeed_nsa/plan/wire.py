@@ -80,7 +80,9 @@ def step_messages(job: Job, world_size: int, vocab_size: int, stage: int) -> lis
         stage: of the rank.
     """
     batches = job.micro_batches(world_size)
-    each = [message for place, number in enumerate(stage_layers(job, stage)) for message in _layer(job, place, number)]
+    layers = stage_layers(job, stage)
+    of_run = len(layers) // job.pipeline_runs
+    each = [message for i, number in enumerate(layers) for message in _layer(job, i % of_run, number)]
     each += [*_ends(job, stage), *_pipeline(job, stage)]
     times: Counter[Message] = Counter()
     for message in each:
@@ -93,7 +95,7 @@ def step_messages(job: Job, world_size: int, vocab_size: int, stage: int) -> lis
 
 
 def _layer(job: Job, place: int, number: int) -> Iterator[Message]:
-    """Of one layer and micro-batch; `place` is that among the layers of its rank."""
+    """Of one layer and micro-batch; `place` is that in its run of layers."""
     parallel, model = job.parallel, job.model
     full = parallel.recompute_granularity == "full"
     covered = full and (parallel.recompute_method == "uniform" or place < (parallel.recompute_num_layers or 0))
