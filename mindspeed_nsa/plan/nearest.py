@@ -50,22 +50,23 @@ def _check(content: dict[str, Any], world_size: int, trainer: str) -> Job:
 def _nearest(content: dict[str, Any], error: str, world_size: int, trainer: str) -> Iterator[str]:
     """For each key that an error names, the next values below and above with which the job can run."""
     for section, kind in _SECTIONS.items():
-        for key in kind.model_fields:
-            given = (content.get(section) or {}).get(key, kind.model_fields[key].default)
+        values = content.get(section) or {}
+        for key in kind.model_fields if isinstance(values, dict) else ():
+            given = values.get(key, kind.model_fields[key].default)
             # `context_parallel_size`, or in words `a context-parallel rank`
             words = key.removesuffix("_parallel_size").removesuffix("_model") + "-parallel"
             if key not in _KEYS or not re.search(rf"\b({key}|{words})\b", error) or type(given) is not int:
                 continue
             found = [_next(content, section, key, step, world_size, trainer) for step in (-1, 1)]
-            values = " or ".join(str(value) for value in found if value is not None)
-            if values:
-                yield f"{section}.{key} {values}"
+            near = " or ".join(str(value) for value in found if value is not None)
+            if near:
+                yield f"{section}.{key} {near}"
 
 
 def _next(content: dict[str, Any], section: str, key: str, step: int, world_size: int, trainer: str) -> int | None:
     """The next value of a key, in steps of -1 or 1, with which the job can run."""
     changed = copy.deepcopy(content)
-    values = changed.setdefault(section, {})
+    values = changed[section] = changed.get(section) or {}
     given = values.get(key, _SECTIONS[section].model_fields[key].default)
     for value in range(given + step, max(given + step * _FARTHEST, 0) if step < 0 else given + _FARTHEST, step):
         values[key] = value

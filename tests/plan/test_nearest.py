@@ -51,6 +51,17 @@ def test_what_no_number_mends_is_refused_alone():
     assert "did you mean swiglu?" in str(refused.value) and "nearest" not in str(refused.value)
 
 
+def test_a_section_that_is_none_or_text(tmp_path):
+    empty, text = tmp_path / "empty.yaml", tmp_path / "text.yaml"
+    content = (CONFIG.parent / "tiny.yaml").read_text()
+    empty.write_text(content.replace("  tensor_model_parallel_size: 1\n", ""))
+    with pytest.raises(ValueError, match=r"parallel: input should be"):
+        read(empty, [], 2, "builtin")
+    text.write_text(content.replace("parallel:\n  tensor_model_parallel_size: 1\n", "parallel: two\n"))
+    with pytest.raises(ValueError, match=r"parallel: input should be"):
+        read(text, [], 2, "builtin")
+
+
 def test_the_trainers_differ():
     split = ["parallel.tensor_model_parallel_size=8"]
     assert read(CONFIG, split, 16, "builtin").megatron == {}
