@@ -1,5 +1,6 @@
 """The `mindspeed-nsa` command."""
 
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -152,6 +153,36 @@ def launch(
 
     nodes = find_nodes(nnodes, node_rank, master_addr, master_port, hostfile, dry_run=dry_run)
     return run(Launch(config, overrides or [], trainer, nodes, nproc_per_node), dry_run=dry_run)
+
+
+@app.command()
+def plan(
+    overrides: _Overrides = None,
+    *,
+    config: Annotated[Path, typer.Option(help="The job file.")],
+    nodes: Annotated[str, typer.Option(help="Numbers of nodes, such as 1,8,64.")] = "1",
+    sequence_lengths: Annotated[str | None, typer.Option(help="Tokens, such as 8192,32768; else the file's.")] = None,
+    ranks_per_node: Annotated[int, typer.Option(envvar="NPUS_PER_NODE", min=1, help="Dies of a node.")] = 16,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Tokens of the tokenizer; else it is asked.")] = None,
+    trainer: _Trainer = "mindspeed",
+    output: Annotated[Path | None, typer.Option(help="A folder for plan.md, plan.json and plan.png.")] = None,
+) -> None:
+    """Say what each rank of a job would hold, compute and send, on so many nodes; nothing is started."""
+    from mindspeed_nsa.plan import report
+    from mindspeed_nsa.plan.plan import sweep
+
+    counts = _numbers("--nodes", nodes)
+    lengths = _numbers("--sequence-lengths", sequence_lengths) if sequence_lengths else None
+    cells = sweep(config, overrides or [], counts, lengths, ranks_per_node, trainer, vocab_size)
+    print(report.markdown(cells), end="")
+    for path in report.write(cells, output) if output else []:
+        print(path)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise ValueError(f"{option}: {text!r}; allowed: numbers from 1 with commas between them, such as 1,8,64")
+    return [int(number) for number in text.split(",")]
 
 
 @app.command()

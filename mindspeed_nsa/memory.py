@@ -3,13 +3,11 @@
 The estimate follows from shapes and from what Megatron, MindSpeed and the operators keep; nothing of it was measured on a chip.
 What it cannot know, `RESERVE`, is a guess: the runtime, communication buffers, workspaces of operators, gaps.
 
-t: tokens of a micro-batch, h: hidden_size, n: query heads of a rank, g: key/value heads of a rank.
 """
 
 from typing import NamedTuple
 
 from .config import NSAConfig
-from .heads import split_heads
 from .ops.contract import SELECT_DIMS
 from .ops.reference import window_count
 from .pretrain.job import Job
@@ -45,24 +43,93 @@ class Estimate(NamedTuple):
         return sum(self) + RESERVE
 
 
+class Parameters(NamedTuple):
+    """How many a rank holds.
+
+    Attributes:
+        shared: those that every rank of its stage holds or shares by tensor parallelism: all but the routed experts.
+        experts: of the routed experts.
+        summed: of `shared`, those whose gradients sequence parallelism leaves in parts on the tensor-parallel ranks.
+    """
+
+    shared: int
+    experts: int
+    summed: int
+
+
 def estimate(job: Job, world_size: int, vocab_size: int) -> Estimate:
     """Estimate the memory of the fullest rank.
 
     Args:
         job: the job; `job.check_layout(world_size)` holds.
         world_size: its ranks.
-        vocab_size: of the tokenizer.
+        vocab_size: rows of the embedding.
     """
     stages = range(job.parallel.pipeline_model_parallel_size)
-    return max((_stage(job, world_size, vocab_size, stage) for stage in stages), key=lambda one: one.total)
+    return max((estimate_stage(job, world_size, vocab_size, stage) for stage in stages), key=lambda one: one.total)
+
+
+def estimate_stage(job: Job, world_size: int, vocab_size: int, stage: int) -> Estimate:
+    """Estimate the memory of a rank of one pipeline stage; arguments as `estimate`'s."""
+    model, parallel, training = job.model, job.parallel, job.training
+    held = stage_parameters(job, vocab_size, stage)
+    state = 12 if training.bf16 else 8
+    shards = optimizer_ranks(job, world_size) if parallel.use_distributed_optimizer else (1, 1)
+    last = stage == parallel.pipeline_model_parallel_size - 1
+    tokens = model.seq_length * training.micro_batch_size // parallel.context_parallel_size
+    masks = mask_bytes(job.nsa, model.seq_length) if job.nsa.enabled else 0
+    if parallel.cp_comm_type == "all_gather":
+        masks //= parallel.context_parallel_size
+    return Estimate(
+        weights=bytes_of(job) * (held.shared + held.experts),
+        gradients=4 * (held.shared + held.experts),
+        optimizer=state * (held.shared / shards[0] + held.experts / shards[1]),
+        activations=_activations(job, stage_layers(job, stage), _in_flight(job, world_size, stage)),
+        # In the computing type, as float32 probabilities, and the gradient of the first.
+        logits=last * tokens * vocab_size // parallel.tensor_model_parallel_size * (2 * bytes_of(job) + 4),
+        masks=masks,
+    )
 
 
 def parameter_count(job: Job, vocab_size: int) -> int:
-    """Parameters of the whole model, norms and the pooling of the compressed branch left out."""
-    layers = [
-        _dense_parameters(job, 1, number) + _expert_parameters(job, 1, 1, number) for number in range(job.model.num_layers)
-    ]
-    return sum(layers) + vocab_size * job.model.hidden_size * (1 + job.model.untie_embeddings_and_output_weights)
+    """Parameters of the whole model."""
+    whole = job.model_copy(update={"parallel": type(job.parallel)()})
+    held = stage_parameters(whole, vocab_size, 0)
+    return held.shared + held.experts
+
+
+def stage_layers(job: Job, stage: int) -> list[int]:
+    """The layers of a pipeline rank, counted from 0, in all of its runs."""
+    stages, runs = job.parallel.pipeline_model_parallel_size, job.pipeline_runs
+    count = job.model.num_layers // stages // runs
+    return [count * (stages * run + stage) + i for run in range(runs) for i in range(count)]
+
+
+def stage_parameters(job: Job, vocab_size: int, stage: int) -> Parameters:
+    """Parameters of a rank of one pipeline stage."""
+    model, stages = job.model, job.parallel.pipeline_model_parallel_size
+    first, last, untied = stage == 0, stage == stages - 1, model.untie_embeddings_and_output_weights
+    tables = first + (last and (untied or stages > 1))
+    shared = tables * vocab_size * model.hidden_size // job.parallel.tensor_model_parallel_size
+    if first and model.position_embedding_type == "learned_absolute":
+        shared += (model.max_position_embeddings or model.seq_length) * model.hidden_size
+    layers = stage_layers(job, stage)
+    norms = _norm(job, model.hidden_size) * (2 * len(layers) + last)
+    routers = sum(model.hidden_size * (model.num_experts or 0) for number in layers if model.expert_layers[number])
+    shared += norms + sum(_layer_parameters(job, number) for number in layers)
+    return Parameters(shared, sum(_expert_parameters(job, number) for number in layers), norms + routers)
+
+
+def optimizer_ranks(job: Job, world_size: int) -> tuple[int, int]:
+    """The ranks that hold the same parameters, and the same experts, on different data."""
+    parallel = job.parallel
+    tensor, ranks = parallel.tensor_model_parallel_size, world_size // parallel.pipeline_model_parallel_size
+    return ranks // tensor, ranks // (parallel.expert_model_parallel_size * expert_tensor_ranks(job))
+
+
+def expert_tensor_ranks(job: Job) -> int:
+    """Ranks that share one expert."""
+    return job.parallel.expert_tensor_parallel_size or job.parallel.tensor_model_parallel_size
 
 
 def mask_bytes(nsa: NSAConfig, length: int) -> int:
@@ -71,78 +138,97 @@ def mask_bytes(nsa: NSAConfig, length: int) -> int:
     return length * (windows + -(-length // nsa.select_block_size))
 
 
-def _stage(job: Job, world_size: int, vocab_size: int, stage: int) -> Estimate:
-    model, parallel, training = job.model, job.parallel, job.training
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    expert_tensor = parallel.expert_tensor_parallel_size or tensor
-    count = model.num_layers // pipeline
-    layers = range(stage * count, (stage + 1) * count)
-    dense = sum(_dense_parameters(job, tensor, number) for number in layers)
-    experts = sum(_expert_parameters(job, parallel.expert_model_parallel_size, expert_tensor, number) for number in layers)
-    tables = [stage == 0, stage == pipeline - 1]
-    tied = pipeline == 1 and not model.untie_embeddings_and_output_weights
-    dense += vocab_size * model.hidden_size // tensor * (1 if tied else sum(tables))
-    width = 2 if training.bf16 else 4
-    state = 12 if training.bf16 else 8
-    shards = (1, 1)
-    if parallel.use_distributed_optimizer:
-        ranks = world_size // pipeline
-        shards = (ranks // tensor, ranks // (parallel.expert_model_parallel_size * expert_tensor))
-    tokens = model.seq_length * training.micro_batch_size
-    return Estimate(
-        weights=width * (dense + experts),
-        gradients=4 * (dense + experts),
-        optimizer=state * (dense / shards[0] + experts / shards[1]),
-        activations=_activations(job, list(layers), in_flight=pipeline - stage),
-        # In the computing type, as float32 probabilities, and the gradient of the first.
-        logits=tables[1] * tokens * vocab_size // tensor * (2 * width + 4),
-        masks=mask_bytes(job.nsa, model.seq_length) if job.nsa.enabled else 0,
-    )
+def pooling_parameters(job: Job, heads: int) -> tuple[int, int]:
+    """Parameters of the pooling of the compressed branch: with an axis of `heads` key/value heads, and shared by all."""
+    nsa, dims = job.nsa, (job.model.head_width, job.model.value_width)
+    per_head = 2 if nsa.compression == "linear" else 0
+    if nsa.intra_block_position:
+        per_head += sum(dims) if nsa.compression == "mlp" else dims[1]
+    shared = sum(dim * dim * (nsa.compress_block_size + 1) for dim in dims) if nsa.compression == "mlp" else 0
+    return nsa.compress_block_size * per_head * heads, shared
 
 
-def _dense_parameters(job: Job, tensor: int, number: int) -> int:
-    """Parameters of a layer on a tensor-parallel rank, without routed experts."""
-    model, nsa = job.model, job.nsa
+def is_sparse(job: Job, number: int) -> bool:
+    """Whether a layer, counted from 0, has NSA."""
+    return job.nsa.enabled and number in job.nsa.nsa_layers(job.model.num_layers)
+
+
+def _layer_parameters(job: Job, number: int) -> int:
+    """Parameters of a layer on a tensor-parallel rank, without its two norms and its routed experts."""
+    model, nsa, tensor = job.model, job.nsa, job.parallel.tensor_model_parallel_size
     hidden, heads, groups = model.hidden_size, model.num_attention_heads, model.query_groups
     query, value = model.head_width, model.value_width
-    replicated, split = 0, heads * value * hidden
+    sparse = is_sparse(job, number)
+    if not (sparse or model.multi_latent_attention):
+        value = query  # Megatron's attention has one width for a head
+    bias, qkv_bias = model.add_bias_linear, model.add_bias_linear or model.add_qkv_bias
+    replicated, split = hidden * bias, heads * value * hidden
     if model.multi_latent_attention:
         rank = model.q_lora_rank
         replicated += hidden * (model.kv_lora_rank + model.qk_pos_emb_head_dim + (rank or 0))
+        replicated += model.qk_layernorm * (_norm(job, model.kv_lora_rank) + (_norm(job, rank) if rank else 0))
         split += (rank or hidden) * heads * query + model.kv_lora_rank * heads * (model.qk_head_dim + value)
     else:
-        split += hidden * (heads * query + groups * (query + value))
-        if _is_sparse(job, number):
-            split += hidden * groups * 2 * (query + value) * nsa.separate_kv
-            split += hidden * heads * 3 * (nsa.gate == "hidden")
-    matrices = 3 if model.swiglu else 2
+        branches = 3 if sparse and nsa.separate_kv else 1
+        width = heads * query + branches * groups * (query + value)
+        split += (hidden + qkv_bias) * width
+        replicated += model.qk_layernorm * 2 * _norm(job, query)
+        if sparse and nsa.gate == "hidden":
+            split += (hidden + 1) * heads * 3
+    if sparse:
+        per_head, shared = pooling_parameters(job, job.held_heads.kv_head_num)
+        replicated += per_head + shared
+        if nsa.gate == "query":
+            split += heads * 3 * (query + 1)
     if model.expert_layers[number]:
-        replicated += hidden * (model.num_experts or 0)
-        split += matrices * hidden * (model.moe_shared_expert_intermediate_size or 0)
-    else:
-        split += matrices * hidden * model.ffn_width
+        replicated += (hidden + bias) * (model.num_experts or 0)
+    width = feed_forward_width(job, number)
+    replicated += hidden * bias * (width > 0)
+    split += (_matrices(job) * hidden + bias * (_matrices(job) - 1)) * width
     return replicated + split // tensor
 
 
-def _expert_parameters(job: Job, expert_parallel: int, expert_tensor: int, number: int) -> int:
+def _expert_parameters(job: Job, number: int) -> int:
     """Parameters of the routed experts of a layer on a rank."""
     model = job.model
     if not model.expert_layers[number]:
         return 0
     assert model.num_experts is not None
-    matrices = 3 if model.swiglu else 2
-    return model.num_experts // expert_parallel * matrices * model.hidden_size * _expert_width(job) // expert_tensor
+    split = (_matrices(job) * model.hidden_size + model.add_bias_linear * (_matrices(job) - 1)) * expert_width(job)
+    here = split // expert_tensor_ranks(job) + model.add_bias_linear * model.hidden_size
+    return model.num_experts // job.parallel.expert_model_parallel_size * here
 
 
-def _expert_width(job: Job) -> int:
+def _norm(job: Job, width: int) -> int:
+    return width * (2 if job.model.normalization == "LayerNorm" else 1)
+
+
+def _matrices(job: Job) -> int:
+    """Matrices of a feed-forward network: a gate, values and what leads back, or the last two."""
+    return 3 if job.model.swiglu else 2
+
+
+def feed_forward_width(job: Job, number: int) -> int:
+    """Width of what every token of a layer goes through: the network of a layer without experts, or the shared experts."""
+    model = job.model
+    return (model.moe_shared_expert_intermediate_size or 0) if model.expert_layers[number] else model.ffn_width
+
+
+def expert_width(job: Job) -> int:
+    """Width of one routed expert."""
     return job.model.moe_ffn_hidden_size or job.model.ffn_width
 
 
-def _is_sparse(job: Job, number: int) -> bool:
-    return job.nsa.enabled and number in job.nsa.nsa_layers(job.model.num_layers)
+def _in_flight(job: Job, world_size: int, stage: int) -> float:
+    """Micro-batches whose activations a stage keeps at once, of all of its layers."""
+    stages, runs = job.parallel.pipeline_model_parallel_size, job.pipeline_runs
+    most: float = stages - stage
+    if runs > 1:  # interleaved: so many passes of a run go forward before the first goes backward
+        most = ((stages - stage - 1) * 2 + (runs - 1) * stages + 1) / runs
+    return min(most, job.micro_batches(world_size))
 
 
-def _activations(job: Job, layers: list[int], in_flight: int) -> float:
+def _activations(job: Job, layers: list[int], in_flight: float) -> float:
     """Bytes that a stage keeps for the micro-batches in flight, and the gradients of its largest layer."""
     parallel, model = job.parallel, job.model
     whole = [_layer_bytes(job, number) for number in layers]
@@ -150,58 +236,68 @@ def _activations(job: Job, layers: list[int], in_flight: int) -> float:
     if parallel.recompute_granularity != "full":
         return sum(whole) * in_flight + largest
     assert parallel.recompute_num_layers is not None
-    entry = _own_tokens(job) * model.hidden_size * _width(job)
+    entry = own_tokens(job) * model.hidden_size * bytes_of(job)
     again = parallel.recompute_num_layers
     if parallel.recompute_method == "uniform":
         # What enters each run of layers is kept; one run at a time is computed again, whole.
         return -(-len(layers) // again) * entry * in_flight + again * largest + largest
-    kept = sorted(whole[again:], reverse=True)
-    return (min(again, len(layers)) * entry + sum(kept)) * in_flight + 2 * largest
+    of_run = len(layers) // job.pipeline_runs
+    kept = [size for i, size in enumerate(whole) if i % of_run >= again]
+    return ((len(layers) - len(kept)) * entry + sum(kept)) * in_flight + 2 * largest
 
 
 def _layer_bytes(job: Job, number: int) -> float:
     """Bytes that a layer keeps for its backward pass."""
-    parallel, model = job.parallel, job.model
-    own, tokens = _own_tokens(job), model.seq_length * job.training.micro_batch_size
-    # What enters the two norms, and what leaves them.
-    kept = own * 4 * model.hidden_size * _width(job) + _attention_bytes(job, number)
-    # A gate and a value, and their product.
-    parts = 3 if model.swiglu else 2
+    model, own, width = job.model, own_tokens(job), bytes_of(job)
+    # RMSNorm keeps its input and the normalised input in float32, LayerNorm its input; both their output.
+    norm = 8 + width if model.normalization == "RMSNorm" else 2 * width
+    kept = own * 2 * model.hidden_size * norm + _attention_bytes(job, number)
+    # Gate and value, the gate's activation, the value with its offset, and the product.
+    parts = 5 if model.swiglu else 2
     if model.expert_layers[number]:
-        sent = own * model.moe_router_topk
-        kept += sent * (2 * model.hidden_size + parts * _expert_width(job)) * _width(job)
-        feed_forward = model.moe_shared_expert_intermediate_size or 0
-    else:
-        feed_forward = model.ffn_width
-    return kept + tokens * parts * feed_forward // parallel.tensor_model_parallel_size * _width(job)
+        # There the product once more, with the expert's probability.
+        kept += own * model.moe_router_topk * (2 * model.hidden_size + (parts + 1) * expert_width(job)) * width
+    tokens = model.seq_length * job.training.micro_batch_size // job.parallel.context_parallel_size
+    return kept + tokens * parts * feed_forward_width(job, number) // job.parallel.tensor_model_parallel_size * width
 
 
 def _attention_bytes(job: Job, number: int) -> float:
     """Bytes that the attention of a layer keeps, its projections' inputs left out."""
-    model, nsa, tensor = job.model, job.nsa, job.parallel.tensor_model_parallel_size
-    split = split_heads(model.num_attention_heads, model.query_groups, tensor, 0)
-    heads, groups = split.head_num, split.kv_head_num
-    sparse = _is_sparse(job, number)
+    model, nsa, context = job.model, job.nsa, job.parallel.context_parallel_size
+    heads, groups = job.run_heads.head_num, job.run_heads.kv_head_num
+    sparse = is_sparse(job, number)
     # The chip's operators take these dims; what is smaller is padded.
     query, value = SELECT_DIMS if sparse else (model.head_width, model.value_width)
     branches = 3 if sparse else 1
     copies = 3 if sparse and nsa.separate_kv else 1
-    inputs: float = heads * query + copies * groups * (query + value)
-    if sparse:
-        inputs += groups * (query + value) / nsa.compress_stride
-    inside = 0.0
+    inside, pooled = 0.0, 0.0
     if job.parallel.recompute_granularity != "selective":
-        inside = branches * heads * (value * _width(job) + _STATISTICS) + sparse * 4 * groups * nsa.select_block_count
+        inside = branches * heads * (value * bytes_of(job) + _STATISTICS) + sparse * 4 * groups * nsa.select_block_count
+        pooled = sparse * groups * (query + value) / nsa.compress_stride
     mixed = heads * value + (3 * heads if sparse else 0)
-    return model.seq_length * job.training.micro_batch_size * ((inputs + mixed) * _width(job) + inside)
+    tokens = model.seq_length * job.training.micro_batch_size
+    queries = tokens if job.parallel.cp_comm_type == "a2a" else tokens // context
+    of_a_query = (heads * query + mixed) * bytes_of(job) + inside
+    of_a_key = (copies * groups * (query + value) + pooled) * bytes_of(job)
+    return queries * of_a_query + tokens * of_a_key + model.seq_length // context * _rotary_bytes(job)
 
 
-def _own_tokens(job: Job) -> float:
-    """Tokens that a rank holds between the layers."""
+def _rotary_bytes(job: Job) -> float:
+    """Cosine and sine of a position, for query and for key."""
+    model = job.model
+    if model.position_embedding_type != "rope":
+        return 0.0
+    dims = model.qk_pos_emb_head_dim if model.multi_latent_attention else model.head_width * model.rotary_percent
+    return 4 * dims * bytes_of(job)
+
+
+def own_tokens(job: Job) -> float:
+    """Tokens of a micro-batch that a rank holds between the layers."""
     parallel = job.parallel
-    tokens = job.model.seq_length * job.training.micro_batch_size
+    tokens = job.model.seq_length * job.training.micro_batch_size / parallel.context_parallel_size
     return tokens / parallel.tensor_model_parallel_size if parallel.sequence_parallel else tokens
 
 
-def _width(job: Job) -> int:
+def bytes_of(job: Job) -> int:
+    """Bytes of a parameter and of an activation."""
     return 2 if job.training.bf16 else 4

@@ -10,13 +10,17 @@ from typing import Any
 
 import torch
 import torch.distributed
-from megatron.core import parallel_state
+import wire
 
-from mindspeed_nsa import attention, selection
-from mindspeed_nsa.patches import megatron_core
-from mindspeed_nsa.pretrain.job import Job
-from mindspeed_nsa.pretrain.model import SeededTransformerLayer
-from mindspeed_nsa.pretrain.trainer import run
+MESSAGES = wire.watch()
+
+from megatron.core import parallel_state  # noqa: E402
+
+from mindspeed_nsa import attention, selection  # noqa: E402
+from mindspeed_nsa.patches import megatron_core  # noqa: E402
+from mindspeed_nsa.pretrain.job import Job  # noqa: E402
+from mindspeed_nsa.pretrain.model import SeededTransformerLayer  # noqa: E402
+from mindspeed_nsa.pretrain.trainer import Trainer, run  # noqa: E402
 
 
 def main(config: str, jobs: str) -> None:
@@ -24,11 +28,13 @@ def main(config: str, jobs: str) -> None:
     # The ranks of each job find one another anew.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
     records = _record_ids()
+    steps = _count_steps()
     for job in json.loads(Path(jobs).read_text()):
         if rank >= job["ranks"]:
             continue
         os.environ |= {"WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
         records.clear()
+        steps.clear()
         megatron_core._group_of.cache_clear()
         # Megatron-core 0.12 forgets these neither when groups are destroyed nor when they are made anew without this rank.
         parallel_state._EMBEDDING_GLOBAL_RANKS = parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
@@ -36,6 +42,7 @@ def main(config: str, jobs: str) -> None:
         run(Job.from_file(config, job["overrides"]))
         undo()
         torch.save(records, Path(job["folder"]) / f"rank{rank}.pt")
+        wire.write(steps[0], Path(job["folder"]) / f"wire{rank}.json")
         gc.collect()  # what still holds the groups that were destroyed, whose threads wake a hundred times a second
 
 
@@ -76,6 +83,21 @@ def _record_ids() -> list[dict[str, Any]]:
 
     selection.in_order, megatron_core.NSACore._attend, SeededTransformerLayer.__init__ = note, record, number
     return records
+
+
+def _count_steps() -> list[wire.Counter[wire.Message]]:
+    """Note what this rank sends in each step."""
+    steps: list[wire.Counter[wire.Message]] = []
+    iterate = Trainer._iterate
+
+    def count(self: Any, data: Any) -> Any:
+        MESSAGES.clear()
+        done = iterate(self, data)
+        steps.append(MESSAGES.copy())
+        return done
+
+    Trainer._iterate = count
+    return steps
 
 
 def _spoil_nothing() -> Callable[[], None]:

@@ -1,7 +1,7 @@
 """Run `configs/tiny.yaml` on many layouts and bring back what is compared: the losses, and the blocks that were chosen.
 
-`python tests/layouts.py` runs them all and prints the table of docs/layouts.md; with `--checkpoints` it saves on each, goes on
-from there on each other, and prints the table of that.
+`python tests/layouts.py` runs them all and prints the tables of docs/layouts.md and docs/plan.md; with `--checkpoints` it saves
+on each, goes on from there on each other, and prints the table of that.
 """
 
 import itertools
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import wire
 from ports import free_ports
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,7 @@ class Run(NamedTuple):
     losses: list[float]
     grad_norms: list[float]
     ids: dict[tuple[int, int], torch.Tensor]  # by layer and micro batch: [T, all groups, blocks]
+    messages: list[wire.Counter[wire.Message]]  # of each rank in the first step
 
 
 def _parallel(**sizes: object) -> tuple[str, ...]:
@@ -74,6 +76,8 @@ LAYOUTS = {
     "TP2 x CP2 all-gather": Layout(4, _parallel(tp=2, cp=2, **GATHER)),
     "TP2 x DP2": Layout(4, _parallel(tp=2)),
     "CP2 Ulysses x PP2": Layout(4, _parallel(cp=2, pp=2, **ULYSSES)),
+    "TP2+SP, recompute full": Layout(2, _parallel(tp=2, sequence_parallel=True, **FULL)),
+    "CP4 Ulysses, recompute selective": Layout(4, _parallel(cp=4, recompute_granularity="selective", **ULYSSES)),
     "CP2 all-gather x PP2": Layout(4, _parallel(cp=2, pp=2, **GATHER)),
     "packed": Layout(1, PACKED),
     "packed, CP2 Ulysses": Layout(2, PACKED + _parallel(cp=2, **ULYSSES), like="packed", needs_new=True),
@@ -98,6 +102,13 @@ LAYOUTS |= {
         "bf16, experts": ("EP2",),
     }.items()
     for name in names
+}
+
+# A plan is of one document a sequence. What bf16 sends is what float32 sends, in fewer bytes.
+COUNTED = {
+    name: layout.overrides
+    for name, layout in LAYOUTS.items()
+    if layout.ranks > 1 and not set(PACKED + BF16) & set(layout.overrides)
 }
 
 
@@ -201,7 +212,7 @@ def table(runs: dict[str, Run]) -> Iterable[str]:
 
 def _read(folder: Path) -> Run:
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return Run([row["loss"] for row in rows], [row["grad_norm"] for row in rows], _ids(folder))
+    return Run([row["loss"] for row in rows], [row["grad_norm"] for row in rows], _ids(folder), _messages(folder))
 
 
 def _ids(folder: Path) -> dict[tuple[int, int], torch.Tensor]:
@@ -234,6 +245,10 @@ def checkpoint_table(runs: dict[str, Run]) -> Iterable[str]:
             yield f"| {name} | {loads:.1e} | {is_loaded:.1e} |"
 
 
+def _messages(folder: Path) -> list[wire.Counter[wire.Message]]:
+    return [wire.read(folder / f"wire{rank}.json") for rank in range(len(list(folder.glob("wire*.json"))))]
+
+
 def main() -> None:
     from texts import prepare_text
 
@@ -242,11 +257,11 @@ def main() -> None:
         data = prepare_text(folder, (1, 3, 40, 700, 3000), held_out=0).with_name("python_train")
         if sys.argv[1:] == ["--checkpoints"]:
             pairs = [pair for family in families(LAYOUTS) for pair in itertools.product(family, repeat=2)]
-            lines = checkpoint_table(run(with_checkpoints(LAYOUTS, folder, pairs), folder, data, iterations=1))
-        else:
-            lines = table(run(LAYOUTS, folder, data, iterations=5))
-        for line in lines:
-            print(line)
+            print(*checkpoint_table(run(with_checkpoints(LAYOUTS, folder, pairs), folder, data, iterations=1)), sep="\n")
+            return
+        runs = run(LAYOUTS, folder, data, iterations=5)
+    print(*table(runs), sep="\n", end="\n\n")
+    print(*wire.table({name: runs[name].messages for name in COUNTED}, COUNTED), sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from mindspeed_nsa.patches.megatron_core import NSACore, NSASelfAttention
 from mindspeed_nsa.pretrain import checkpoint
 from mindspeed_nsa.pretrain.huggingface import HuggingFaceModel
 from mindspeed_nsa.pretrain.job import Job, ParallelSection
-from mindspeed_nsa.pretrain.model import build_models, padded_vocabulary
-from mindspeed_nsa.pretrain.tokenizer import build_tokenizer
+from mindspeed_nsa.pretrain.model import build_models
+from mindspeed_nsa.pretrain.tokenizer import build_tokenizer, padded_vocabulary
 from mindspeed_nsa.pretrain.trainer import ranks
 
 # What an attention has beside a dense one's parameters, where its core is NSA's.

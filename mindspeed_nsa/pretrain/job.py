@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from mindspeed_nsa.config import NSAConfig, Section, parse_yaml, read_yaml
-from mindspeed_nsa.heads import split_heads
+from mindspeed_nsa.heads import HeadSplit, split_heads
 
 
 class ModelSection(Section):
@@ -338,9 +338,7 @@ class Job(Section):
         Raises:
             ValueError: one line that names the file, the key and what is allowed.
         """
-        content = read_yaml(path)
-        for override in overrides:
-            _apply(override, content)
+        content = read_content(path, overrides)
         try:
             return cls(**content)
         except ValueError as error:
@@ -417,6 +415,30 @@ class Job(Section):
         layers = self.model.num_layers // self.parallel.pipeline_model_parallel_size
         return layers // (self.parallel.num_layers_per_virtual_pipeline_stage or layers)
 
+    @property
+    def held_heads(self) -> HeadSplit:
+        """The heads that the first tensor-parallel rank holds; the others hold as many."""
+        return split_heads(self.model.num_attention_heads, self.model.query_groups, self.parallel.tensor_model_parallel_size, 0)
+
+    @property
+    def run_heads(self) -> HeadSplit:
+        """The heads that the attention of the first rank runs: those held, with `a2a` a part of them."""
+        held = self.held_heads
+        if self.parallel.cp_comm_type != "a2a":
+            return held
+        return split_heads(held.head_num, held.kv_head_num, self.parallel.context_parallel_size, 0, "context_parallel_size")
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Ranks that train on different sequences."""
+        parallel = self.parallel
+        return world_size // (
+            parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+        )
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches of a rank in a step."""
+        return self.training.global_batch_size // (self.training.micro_batch_size * self.data_parallel_size(world_size))
+
     def _check_context_parallel(self) -> None:
         model, context, tensor = self.model, self.parallel.context_parallel_size, self.parallel.tensor_model_parallel_size
         pieces = 2 * context * (tensor if self.parallel.sequence_parallel else 1)
@@ -431,9 +453,8 @@ class Job(Section):
                 "nsa.layers: all, or 1"
             )
         if self.parallel.cp_comm_type == "a2a":
-            split = split_heads(model.num_attention_heads, model.query_groups, tensor, 0)
             try:
-                split_heads(split.head_num, split.kv_head_num, context, 0, "context_parallel_size")
+                _ = self.run_heads
             except ValueError as error:
                 raise ValueError(
                     f"parallel.context_parallel_size: of the heads of a tensor-parallel rank, {error}; all_gather takes any"
@@ -485,14 +506,14 @@ class Job(Section):
                 f"{parallel.pipeline_model_parallel_size} * context_parallel_size {parallel.context_parallel_size} does not "
                 f"divide the {world_size} ranks that were started"
             )
-        step = self.training.micro_batch_size * (world_size // ranks)
-        if self.training.global_batch_size % step:
+        data = self.data_parallel_size(world_size)
+        if self.training.global_batch_size % (self.training.micro_batch_size * data):
             raise ValueError(
                 f"training.global_batch_size: {self.training.global_batch_size} is not a multiple of micro_batch_size "
-                f"{self.training.micro_batch_size} * {world_size // ranks} data-parallel ranks"
+                f"{self.training.micro_batch_size} * {data} data-parallel ranks"
             )
         pipeline = parallel.pipeline_model_parallel_size
-        micro_batches = self.training.global_batch_size // step
+        micro_batches = self.micro_batches(world_size)
         if self.pipeline_runs > 1 and micro_batches % pipeline:
             raise ValueError(
                 f"training.global_batch_size: {self.training.global_batch_size} makes {micro_batches} micro batches a rank; "
@@ -505,6 +526,14 @@ class Job(Section):
                 f"parallel.expert_model_parallel_size: {experts} * expert_tensor_parallel_size {expert_tensor} does not "
                 f"divide the {stage} ranks of a pipeline stage"
             )
+
+
+def read_content(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """A job file with overrides as it stands, unchecked; arguments and errors as of `Job.read`."""
+    content = read_yaml(path)
+    for override in overrides:
+        _apply(override, content)
+    return content
 
 
 def megatron_version() -> tuple[int, int]:

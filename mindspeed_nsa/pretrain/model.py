@@ -1,7 +1,6 @@
 """A job's GPT: Megatron-core's own, with the modules that it lacks where there is no Transformer Engine."""
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,9 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from mindspeed_nsa.pretrain.job import Job
-
-# The vocabulary is padded to a multiple of this, whatever the layout, so that checkpoints fit every layout.
-_VOCABULARY_MULTIPLE = 128
+from mindspeed_nsa.pretrain.tokenizer import padded_vocabulary
 
 
 def build_models(job: Job, vocab_size: int) -> list[GPTModel]:
@@ -64,12 +61,6 @@ def _build_run(job: Job, config: TransformerConfig, vocab_size: int, run: int) -
         rotary_base=job.model.rotary_base,
         **stage,
     )
-
-
-def padded_vocabulary(vocab_size: int, tensor_parallel_size: int) -> int:
-    """Rows of the embedding: a multiple of 128 that tensor parallelism can split."""
-    multiple = math.lcm(_VOCABULARY_MULTIPLE, tensor_parallel_size)
-    return -(-vocab_size // multiple) * multiple
 
 
 def transformer_config(job: Job) -> TransformerConfig:

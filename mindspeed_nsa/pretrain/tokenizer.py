@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
 # A tokenizer without a padding token reports an id that no text has, as Megatron's datasets do themselves.
 NO_PAD = -1
+
+# The vocabulary is padded to a multiple of this, whatever the layout, so that checkpoints fit every layout.
+_VOCABULARY_MULTIPLE = 128
 
 # End-of-document tokens of published tokenizers, for a tokenizer.json that comes without a tokenizer_config.json.
 _KNOWN_EOD = ("<|endoftext|>", "<|end_of_text|>", "<|endofprompt|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
@@ -140,3 +144,9 @@ def _special_tokens(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: not a tokenizer_config.json: {error}") from None
     # Older configs wrap a token in a mapping of its own.
     return {key: token["content"] if isinstance(token, dict) else token for key, token in tokens.items() if token}
+
+
+def padded_vocabulary(vocab_size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding: a multiple of 128 that tensor parallelism can split."""
+    multiple = math.lcm(_VOCABULARY_MULTIPLE, tensor_parallel_size)
+    return -(-vocab_size // multiple) * multiple

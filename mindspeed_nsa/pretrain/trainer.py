@@ -31,11 +31,11 @@ from mindspeed_nsa.pretrain.agreement import agree_on_data, agree_on_job, agree_
 from mindspeed_nsa.pretrain.data import batches, build_datasets, check_dataset, summary_of
 from mindspeed_nsa.pretrain.evaluate import unigram_loss
 from mindspeed_nsa.pretrain.job import Job
-from mindspeed_nsa.pretrain.model import build_models, padded_vocabulary
+from mindspeed_nsa.pretrain.model import build_models
 from mindspeed_nsa.pretrain.optimizer import build_optimizer, wrap
 from mindspeed_nsa.pretrain.report import Report
 from mindspeed_nsa.pretrain.sample import generate
-from mindspeed_nsa.pretrain.tokenizer import build_tokenizer
+from mindspeed_nsa.pretrain.tokenizer import build_tokenizer, padded_vocabulary
 
 # Tokens of held-out text that a sample continues.
 _PROMPT_TOKENS = 256

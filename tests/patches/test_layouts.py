@@ -5,10 +5,12 @@ import sys
 
 import pytest
 import torch
+import wire
 
 megatron = pytest.importorskip("megatron.core")
 
 from layouts import (  # noqa: E402
+    COUNTED,
     LAYOUTS,
     ROOT,
     TOLERANCE,
@@ -74,6 +76,17 @@ def test_every_layout_trains_the_same_model(runs, name):
 def test_every_layout_goes_on_from_the_checkpoint_of_another(runs, name):
     source, like = LOADED[name]
     assert worst_after_loading(runs[f"{source} -> {name}"], runs[like]) <= HERE[name].tolerance
+
+
+@pytest.mark.parametrize("name", sorted(COUNTED.keys() & HERE.keys()))
+def test_the_bytes_on_the_wire_are_those_of_the_plan(runs, name):
+    """Of every rank and dimension; what the plan leaves out does not grow with the model."""
+    layout = HERE[name]
+    assert len(runs[name].messages) == layout.ranks
+    for rank, messages in enumerate(runs[name].messages):
+        seen = wire.counted(messages)
+        assert seen.pop("other") < 10_000
+        assert seen == pytest.approx(wire.planned(layout.overrides, layout.ranks, rank), rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["packed", "one group", "experts"])
