@@ -42,6 +42,10 @@ mindspeed: a MindSpeed job with NSA; MindSpeed's manager applies these with its 
         why:  the throughput that the host prints counts dense attention.
         how:  wrapped: the dense attention of NSA layers is taken out, theirs put in (`mindspeed_nsa.flops`).
         when: the host asks layers for their operations.
+    megatron.core.dist_checkpointing.strategies.filesystem_async._write_item
+        why:  Megatron-LM core_v0.12.1 calls it as torch 2.7 had it, and could not save `torch_dist` on a later one.
+        how:  wrapped as in without_te, and only where torch asks for a format.
+        when: MindSpeed pairs with Megatron-core 0.14.
 
 npu_host: Megatron-core on a host with NPUs; `install` puts all of it in place before Megatron is imported, for good.
     torch_npu.contrib.transfer_to_npu, a module of torch_npu that acts when it is imported
@@ -78,7 +82,7 @@ without_te: Megatron-core without Transformer Engine, and on newer torch and num
         how:  the step is handed over as it is.
         when: Megatron skips the step there, as it does when saving.
     dist_checkpointing.strategies.filesystem_async._write_item
-        why:  before 0.14 it is called as torch 2.6 had it, without a serialization format.
+        why:  before 0.14 it is called as torch 2.7 had it, without a serialization format.
         how:  the format it always had, torch.save.
         when: 0.12 is no longer supported.
     numpy.product

@@ -8,7 +8,6 @@ A rank leaves in the folder its output as `rank0.txt`, and as `rank0.json` the c
 import contextlib
 import gc
 import importlib
-import inspect
 import json
 import os
 import runpy
@@ -18,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint.filesystem
 import torch.utils.tensorboard
 import torch_npu
 from emulated_cann import device
@@ -27,11 +25,6 @@ from torch_npu.contrib import transfer_to_npu  # noqa: F401  as the adaptor does
 
 with contextlib.suppress(ImportError):
     import transformers.modeling_utils  # noqa: F401  Megatron-LM imports it, seconds each time
-
-# Megatron-LM core_v0.12.1 is made for torch 2.7 and does not hand over what torch 2.13 asks for beside it.
-filesystem = torch.distributed.checkpoint.filesystem
-if "serialization_format" in inspect.signature(filesystem._write_item).parameters:
-    filesystem._write_item.__defaults__ = (filesystem.SerializationFormat.TORCH_SAVE,)
 
 # MindSpeed compiles its fused rotary embedding against CANN; a stand-in by the operator that torch_npu has for the same.
 rotary = importlib.import_module("mindspeed.ops.npu_rotary_position_embedding")
