@@ -1,6 +1,6 @@
 """Runs MindSpeed jobs on the emulated device from a process that has torch, torch_npu and MindSpeed imported: most of a small
-job is its start. `python -m emulated_cann -m server` reads a JSON object a line, {"script", "arguments", "ranks", "folder"},
-and answers each with a line of "codes" and the ranks' exit codes.
+job is its start. `python -m emulated_cann -m server` reads a JSON object a line, {"script", "arguments", "ranks", "folder"} and
+perhaps "environment", and answers each with a line of "codes" and the ranks' exit codes.
 
 A rank leaves in the folder its output as `rank0.txt`, and as `rank0.json` the calls of each operator and the attention cores.
 """
@@ -39,7 +39,7 @@ def run(request: dict, rank: int) -> int:
     output = os.open(folder / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["ranks"]))
+    os.environ.update(request.get("environment", {}), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["ranks"]))
     sys.argv = [request["script"], *request["arguments"]]
     code = 1
     with device.record(views=False) as log:
