@@ -15,7 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 ROOT = Path(__file__).parents[3]
 ON = {"experimental-attention-variant": "nsa"}
-REFERENCE = ON | {"nsa-backend": "reference"}  # float32
+# In float32, on the reference operators: a sequence so short takes a tenth of the time, with as many blocks to choose from.
+SHORT = {"seq-length": 512, "max-position-embeddings": 512, "nsa-select-block-count": 4, "nsa-window-size": 64}
+REFERENCE = ON | SHORT | {"nsa-backend": "reference", "nsa-strict": "false"}
 ASCEND = ON | {"bf16": True, "use-flash-attn": True}
 FLASH = {"use-flash-attn": True}
 TP2 = {"tensor-model-parallel-size": 2}
@@ -109,12 +111,13 @@ def test_the_four_operators_run_in_every_layer(run_job, ascend):
         assert calls(job) == {name: 2 * 2 * 3 * count for name, count in OPERATORS.items()}
 
 
-def test_ascend_agrees_with_the_reference(run_job, ascend, expected):
-    """In bfloat16 with the reference in bfloat16; in float16, which is exacter, with it in float32."""
+def test_ascend_agrees_with_the_reference(run_job, ascend):
+    """Both in bfloat16, and both in float16."""
     close(ascend.losses, run_job(ASCEND, LOCAL, GQA, {"nsa-backend": "reference"}).losses, 2e-2)
-    float16 = run_job(ASCEND, LOCAL, GQA, {"bf16": None, "fp16": True, "loss-scale": 128})
-    assert set(OPERATORS) <= set(float16.calls)
-    close(float16.losses, expected.losses, 2e-2)
+    half = {"bf16": None, "fp16": True, "loss-scale": 128}
+    found = run_job(ASCEND, LOCAL, GQA, half)
+    assert set(OPERATORS) <= set(found.calls)
+    close(found.losses, run_job(ASCEND, LOCAL, GQA, half, {"nsa-backend": "reference"}).losses, 2e-2)
 
 
 @pytest.mark.parametrize(
@@ -223,14 +226,15 @@ def test_other_checkpoints(run_job, tmp_path, layers, kind, flags, ranks):
 @pytest.fixture
 def trainer(real_text, tmp_path):
     """Run the project's own trainer on the model of these jobs, with a dense layer and one with NSA: to its losses."""
-    sizes = ("num_layers=2", "hidden_size=64", "num_attention_heads=4", "kv_channels=16", "seq_length=1280", "swiglu=false")
+    sizes = ("num_layers=2", "hidden_size=64", "num_attention_heads=4", "kv_channels=16", "seq_length=512", "swiglu=false")
     model = [f"model.{size}" for size in (*sizes, "untie_embeddings_and_output_weights=true")]
+    settings = ["nsa.backend=reference", "nsa.strict=false", "nsa.select_block_count=4", "nsa.window_size=64"]
     environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
 
     def run(folder, *overrides):
         places = [f"data.data_path={real_text}", f"logging.run_dir={folder}", "logging.tensorboard=false"]
         command = [sys.executable, "-m", "mindspeed_nsa.pretrain", "--config", str(ROOT / "configs" / "tiny.yaml")]
-        command += [*model, *places, "nsa.layers=[1]", "nsa.backend=reference", *overrides]
+        command += [*model, *places, "nsa.layers=[1]", *settings, *overrides]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
