@@ -56,10 +56,10 @@ def run(request: dict, rank: int) -> int:
 
 
 def cores() -> dict[int, str]:
-    """The class of each layer's attention core, by layer number counted from 0."""
+    """The class of each layer's attention core, by the layer's number in the whole model, counted from 0."""
     modules = [x for x in gc.get_objects() if issubclass(type(x), torch.nn.Module)]
-    layers = [module for module in modules if "core_attention" in vars(module).get("_modules", {})]
-    return {layer.layer_number - 1: type(layer.core_attention).__name__ for layer in layers}
+    layers = [module for module in modules if hasattr(getattr(module, "self_attention", None), "core_attention")]
+    return {layer.layer_number - 1: type(layer.self_attention.core_attention).__name__ for layer in layers}
 
 
 def main() -> None:
