@@ -43,7 +43,7 @@ mindspeed: a MindSpeed job with NSA; MindSpeed's manager applies these with its 
         how:  wrapped: the dense attention of NSA layers is taken out, theirs put in (`mindspeed_nsa.flops`).
         when: the host asks layers for their operations.
     megatron.core.dist_checkpointing.strategies.filesystem_async._write_item
-        why:  Megatron-LM core_v0.12.1 calls it as torch 2.7 had it, and could not save `torch_dist` on a later one.
+        why:  Megatron-LM core_v0.12.1 calls it as torch 2.6 had it, and cannot save `torch_dist` on torch 2.13.
         how:  wrapped as in without_te, and only where torch asks for a format.
         when: MindSpeed pairs with Megatron-core 0.14.
 
@@ -82,7 +82,7 @@ without_te: Megatron-core without Transformer Engine, and on newer torch and num
         how:  the step is handed over as it is.
         when: Megatron skips the step there, as it does when saving.
     dist_checkpointing.strategies.filesystem_async._write_item
-        why:  before 0.14 it is called as torch 2.7 had it, without a serialization format.
+        why:  before 0.14 it is called as torch 2.6 had it, without a serialization format.
         how:  the format it always had, torch.save.
         when: 0.12 is no longer supported.
     numpy.product

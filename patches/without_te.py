@@ -84,7 +84,7 @@ def _with_own_step(set_states: Callable) -> Callable:
 def write_item() -> dict[str, Callable]:
     """The wrapper of torch's `_write_item` that Megatron-core before 0.14 needs on this torch, by its target; empty if none.
 
-    It calls the function as torch 2.7 had it, without the serialization format that later ones want.
+    It calls the function as torch 2.6 had it, without the serialization format that later ones want.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from torch.distributed.checkpoint import filesystem
