@@ -237,12 +237,13 @@ assert count(args(length), 4) == expected, (count(args(length), 4), expected)
 
 
 EXPERTS = {"num-experts": 4, "moe-grouped-gemm": True, "moe-token-dispatcher-type": "alltoall", "expert-model-parallel-size": 2}
+EXPERTS["bf16"] = True
 REFUSED = [
     ({"context-parallel-size": 2}, "--context-parallel-size 2 does not go with NSA: each rank would attend"),
     ({"attention-dropout": 0.1}, "--attention-dropout 0.1 does not go with NSA: its operators drop nothing"),
     ({"position-embedding-type": "alibi"}, "--position-embedding-type alibi does not go with NSA: its scores take no bias"),
     (
-        {"position-embedding-type": "relative"},
+        {"position-embedding-type": "relative"} | ENGINE,
         "--position-embedding-type relative does not go with NSA",
     ),
     ({"mtp-num-layers": 1}, "--mtp-num-layers 1 does not go with NSA: the layers of multi-token prediction would stay dense"),
@@ -252,8 +253,6 @@ REFUSED = [
         "--tp-2d True does not go with NSA: it splits the",
     ),
     (EXPERTS | {"moe-fb-overlap": True}, "--moe-fb-overlap True does not go with NSA: it runs the parts of a layer by itself"),
-    ({"nsa-backend": "auto"}, "float32 does not go with NSA on an NPU"),
-    ({"nsa-layers": "[5]"}, "layers: [5] names none, or too many, of the layers 0 to 1"),
     ({"nsa-window-size": "wide"}, "nsa.window_size: input should be a valid integer, given 'wide'"),
     ({"nsa-config": "absent.yaml"}, "absent.yaml: no such file or directory"),
     (

@@ -167,11 +167,13 @@ def test_without_the_flag_nothing_changes(run_job):
     [
         ({"context-parallel-size": 2}, 2, "--context-parallel-size 2 does not go with NSA: each rank would attend"),
         ({"nsa-config": "absent.yaml"}, 1, "absent.yaml: no such file or directory"),
+        ({"nsa-backend": "auto"}, 1, "float32 does not go with NSA on an NPU"),
+        ({"nsa-layers": "[5]"}, 1, "layers: [5] names none, or too many, of the layers 0 to 1"),
     ],
-    ids=["context parallel", "no file"],
+    ids=["context parallel", "no file", "float32", "layers"],
 )
 def test_a_job_that_is_refused_trains_nothing(run_job, flags, ranks, said):
-    """All refusals are in test_feature.py."""
+    """The other refusals are in test_feature.py, where settings are those of one job."""
     job = run_job(LOCAL, FLASH, REFERENCE, GQA, flags, ranks=ranks, ok=False)
     assert set(job.codes) != {0}
     assert said in job.text
