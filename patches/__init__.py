@@ -42,6 +42,10 @@ mindspeed: a MindSpeed job with NSA; MindSpeed's manager applies these with its 
         why:  the throughput that the host prints counts dense attention.
         how:  wrapped: the dense attention of NSA layers is taken out, theirs put in (`mindspeed_nsa.flops`).
         when: the host asks layers for their operations.
+    megatron.core.dist_checkpointing.strategies.filesystem_async._write_item
+        why:  Megatron-LM core_v0.12.1 calls it as torch 2.6 had it, and cannot save `torch_dist` on torch 2.13.
+        how:  wrapped as in without_te, and only where torch asks for a format.
+        when: MindSpeed pairs with Megatron-core 0.14.
 
 npu_host: Megatron-core on a host with NPUs; `install` puts all of it in place before Megatron is imported, for good.
     torch_npu.contrib.transfer_to_npu, a module of torch_npu that acts when it is imported

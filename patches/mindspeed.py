@@ -20,6 +20,7 @@ from mindspeed.features_manager.features_manager import MindSpeedFeaturesManager
 from mindspeed_nsa.config import NSAConfig, parse_yaml
 from mindspeed_nsa.flops import dense_flops, layer_flops
 from mindspeed_nsa.heads import split_heads
+from mindspeed_nsa.patches import without_te
 from mindspeed_nsa.patches.npu_host import agree_on_plan, uses_ascend
 
 _VARIANT = "--experimental-attention-variant"
@@ -109,6 +110,7 @@ class NSAFeature(MindSpeedFeature):
             "megatron.training.training.get_model": self.get_model_wrapper,
             "megatron.training.training.train_step": self.train_step_wrapper,
             "megatron.training.training.num_floating_point_operations": self.flops_wrapper,
+            **without_te.write_item(),
         }
 
     def validate_args(self, args: Any) -> None:

@@ -56,7 +56,7 @@ def _stand_ins() -> dict[str, Any]:
         "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states": (
             _with_own_step(DistributedOptimizer._set_main_param_and_optimizer_states)
         ),
-        **_write_item_with_format(),
+        **{target: wrapper(pkgutil.resolve_name(target)) for target, wrapper in write_item().items()},
     }
     if not hasattr(numpy, "product"):
         # Megatron-core 0.12's checkpoints of a distributed optimizer; numpy 2 has it under one name alone.
@@ -81,14 +81,28 @@ def _with_own_step(set_states: Callable) -> Callable:
     return set_states_and_step
 
 
-def _write_item_with_format() -> dict[str, Any]:
-    """Megatron-core before 0.14 calls torch's `_write_item` as torch 2.6 had it, without a serialization format."""
+def write_item() -> dict[str, Callable]:
+    """The wrapper of torch's `_write_item` that Megatron-core before 0.14 needs on this torch, by its target; empty if none.
+
+    It calls the function as torch 2.6 had it, without the serialization format that later ones want.
+    """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from torch.distributed.checkpoint import filesystem
 
     wanted = "serialization_format" in inspect.signature(filesystem._write_item).parameters
     if not wanted or "serialization_format" in inspect.getsource(filesystem_async):
         return {}
-    torch_save = filesystem.SerializationFormat.TORCH_SAVE
-    write_item = functools.partial(filesystem._write_item, serialization_format=torch_save)
-    return {"megatron.core.dist_checkpointing.strategies.filesystem_async._write_item": write_item}
+    return {"megatron.core.dist_checkpointing.strategies.filesystem_async._write_item": _write_item_wrapper}
+
+
+def _write_item_wrapper(write_item: Callable) -> Callable:
+    """`_write_item` whose format may be left out. MindSpeed's manager puts it in torch's own module too, which gives one."""
+    from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+    @functools.wraps(write_item)
+    def with_format(
+        transforms: Any, stream: Any, data: Any, item: Any, key: str, format: Any = SerializationFormat.TORCH_SAVE
+    ) -> Any:
+        return write_item(transforms, stream, data, item, key, format)
+
+    return with_format

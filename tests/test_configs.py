@@ -9,7 +9,7 @@ from shipped import CLUSTER, CONFIGS, DIES, LAYOUTS, ROOT, layouts
 from mindspeed_nsa.doctor import FAULT, examine
 from mindspeed_nsa.launch import hosts
 from mindspeed_nsa.launch.flags import megatron_arguments
-from mindspeed_nsa.memory import GB, estimate
+from mindspeed_nsa.memory import GB, estimate, parameter_count
 from mindspeed_nsa.pretrain.job import Job
 
 MOST, MEGATRON = 64 * GB, (0, 12)
@@ -54,6 +54,15 @@ def test_what_does_not_fit_is_as_the_file_says():
     assert said is not None
     assert (f"{found.total / GB:.1f}", f"{found.logits / GB:.1f}") == said.groups()
     assert found.total > MOST
+
+
+def test_the_parameters_of_the_paper_s_model_are_as_its_file_says():
+    path = ROOT / "configs" / "nsa_27b.yaml"
+    said = re.search(r"Parameters: ([\d.]+)B. A token uses ([\d.]+)B", path.read_text())
+    assert said is not None
+    used = ["model.num_experts=6", "parallel.expert_model_parallel_size=2"]  # as many as each token takes
+    found = [parameter_count(Job.read(path, more), vocabulary(path)) for more in ([], used)]
+    assert [f"{count / 1e9:.2f}" for count in found] == list(said.groups())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, empty_strided, frombuffer  # not as transfer_to_npu wraps them, which costs more than they do
 
 from . import records
 
@@ -33,15 +32,15 @@ def host(tensor: Tensor) -> Tensor:
         return tensor.detach()
     storage = tensor.untyped_storage()
     if storage.nbytes() == 0:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        return empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
     memory = over_memory(storage.data_ptr(), storage.nbytes() // tensor.element_size(), tensor.dtype)
     return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def over_memory(address: int, elements: int, dtype: torch.dtype) -> Tensor:
     """A flat CPU tensor over memory that somebody else owns."""
-    size = torch.empty(0, dtype=dtype).element_size()
-    return torch.frombuffer((ctypes.c_uint8 * (elements * size)).from_address(address), dtype=torch.uint8).view(dtype)
+    memory = (ctypes.c_uint8 * (elements * dtype.itemsize)).from_address(address)
+    return frombuffer(memory, dtype=torch.uint8).view(dtype)
 
 
 def install() -> None:
@@ -94,13 +93,20 @@ def _on_host(op: Any) -> Callable:
 
         records.add("synchronising" if short in _SYNCHRONISING or _by_mask(short, args) else "aten", name)
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            out = op(*tree_map(to_host, list(args)), **tree_map(to_host, kwargs))
+            out = op(*_each(to_host, args), **{name: _each(to_host, value) for name, value in kwargs.items()})
             for tensor, alias in aliased.values():
                 if alias.shape != tensor.shape:  # an `out=` that had to grow
                     host(tensor.resize_(alias.shape)).copy_(alias)
-        return tree_map(to_device, out)
+        return _each(to_device, out)
 
     return run
+
+
+def _each(function: Callable, value: Any) -> Any:
+    """A function of a value, or of each one in sequences, which stay what they are; thousands a step, so no pytree."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([_each(function, one) for one in value])
+    return function(value)
 
 
 def _by_mask(name: str, args: tuple) -> bool:
@@ -111,7 +117,7 @@ def _by_mask(name: str, args: tuple) -> bool:
 
 def moved(tensor: Tensor) -> Tensor:
     """A tensor on the device with the values of one on the CPU."""
-    out = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="npu")
+    out = empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="npu")
     host(out).copy_(tensor)
     return out
 

@@ -7,6 +7,9 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
+# One for all names: MindSpeed asks every module for every name that it patches.
+_ANYTHING = MagicMock(name="torchair")
+
 
 class _Inert(ModuleType):
     """Has every attribute, and every submodule."""
@@ -16,7 +19,7 @@ class _Inert(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return MagicMock(name=f"{self.__name__}.{name}")
+        return _ANYTHING
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -24,7 +24,6 @@ from layouts import (  # noqa: E402
     worst_after_loading,
 )
 from packaging.version import Version  # noqa: E402
-from texts import prepare_text  # noqa: E402
 
 NEW = Version(megatron.__version__) >= Version("0.16")
 HERE = {name: layout for name, layout in LAYOUTS.items() if NEW or not layout.needs_new}
@@ -39,12 +38,6 @@ LOADED = {
 
 pytestmark = pytest.mark.slow
 needs_new = pytest.mark.skipif(not NEW, reason="megatron-core below 0.16 splits no KV group over ranks")
-
-
-@pytest.fixture(scope="session")
-def real_text(tmp_path_factory):
-    prefix = prepare_text(tmp_path_factory.mktemp("data"), (1, 3, 40, 700, 3000), held_out=0)
-    return prefix.with_name("python_train")
 
 
 @pytest.fixture(scope="module")

@@ -83,16 +83,20 @@ def server(environment) -> Iterator[Callable[[dict], list[int]]]:
 
 @pytest.fixture(scope="session")
 def run_job(hosts, server, real_text, tmp_path_factory) -> Callable[..., Job]:
-    """Run a job: `run_job(LOCAL, GQA, {"bf16": True}, ranks=1, script="nsa", folder=None, ok=True)`; later flags win."""
+    """Run a job: `run_job(LOCAL, GQA, {"bf16": True}, ranks=1, script="nsa", folder=None, ok=True, NAME="value")`; later flags
+    win, and what has a name of its own is set in the environment."""
 
-    def run(*flags: dict, ranks: int = 1, script: str = "nsa", folder: Path | None = None, ok: bool = True) -> Job:
+    def run(
+        *flags: dict, ranks: int = 1, script: str = "nsa", folder: Path | None = None, ok: bool = True, **environment: str
+    ) -> Job:
         given = {**MODEL, "data-path": real_text}
         for more in flags:
             given |= more
         # One vocabulary, whatever the layout.
         given.setdefault("make-vocab-size-divisible-by", 512 // given.get("tensor-model-parallel-size", 1))
         folder = folder or tmp_path_factory.mktemp("job")
-        request = {"script": f"{hosts['folder']}/pretrain_{script}.py", "ranks": ranks, "folder": str(folder)}
+        request = {"script": f"{hosts['folder']}/pretrain_{script}.py", "ranks": ranks}
+        request |= {"folder": str(folder), "environment": environment}
         codes = server(request | {"arguments": arguments(given)})
         text = "".join((folder / f"rank{rank}.txt").read_text() for rank in range(ranks))
         assert not ok or not any(codes), text[-8000:]

@@ -11,6 +11,10 @@ MODEL = {
     **dict.fromkeys(("no-gradient-accumulation-fusion", "no-masked-softmax-fusion", "use-cpu-initialization"), True),
 }
 GQA = {"group-query-attention": True, "num-query-groups": 2}
+LATENT = {
+    **{"multi-latent-attention": True, "kv-lora-rank": 32, "qk-head-dim": 16, "qk-pos-emb-head-dim": 16, "v-head-dim": 16},
+    **{"qk-layernorm": True, "nsa-gate": "query", "nsa-separate-kv": "false"},
+}
 LOCAL, ENGINE = {"transformer-impl": "local"}, {"transformer-impl": "transformer_engine", "use-flash-attn": True}
 
 

@@ -1,6 +1,6 @@
 """Runs MindSpeed jobs on the emulated device from a process that has torch, torch_npu and MindSpeed imported: most of a small
-job is its start. `python -m emulated_cann -m server` reads a JSON object a line, {"script", "arguments", "ranks", "folder"},
-and answers each with a line of "codes" and the ranks' exit codes.
+job is its start. `python -m emulated_cann -m server` reads a JSON object a line, {"script", "arguments", "ranks", "folder"} and
+perhaps "environment", and answers each with a line of "codes" and the ranks' exit codes.
 
 A rank leaves in the folder its output as `rank0.txt`, and as `rank0.json` the calls of each operator and the attention cores.
 """
@@ -8,7 +8,6 @@ A rank leaves in the folder its output as `rank0.txt`, and as `rank0.json` the c
 import contextlib
 import gc
 import importlib
-import inspect
 import json
 import os
 import runpy
@@ -18,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint.filesystem
 import torch.utils.tensorboard
 import torch_npu
 from emulated_cann import device
@@ -27,11 +25,6 @@ from torch_npu.contrib import transfer_to_npu  # noqa: F401  as the adaptor does
 
 with contextlib.suppress(ImportError):
     import transformers.modeling_utils  # noqa: F401  Megatron-LM imports it, seconds each time
-
-# Megatron-LM core_v0.12.1 is made for torch 2.7 and does not hand over what torch 2.13 asks for beside it.
-filesystem = torch.distributed.checkpoint.filesystem
-if "serialization_format" in inspect.signature(filesystem._write_item).parameters:
-    filesystem._write_item.__defaults__ = (filesystem.SerializationFormat.TORCH_SAVE,)
 
 # MindSpeed compiles its fused rotary embedding against CANN; a stand-in by the operator that torch_npu has for the same.
 rotary = importlib.import_module("mindspeed.ops.npu_rotary_position_embedding")
@@ -46,7 +39,7 @@ def run(request: dict, rank: int) -> int:
     output = os.open(folder / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["ranks"]))
+    os.environ.update(request.get("environment", {}), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(request["ranks"]))
     sys.argv = [request["script"], *request["arguments"]]
     code = 1
     with device.record(views=False) as log:
@@ -63,10 +56,10 @@ def run(request: dict, rank: int) -> int:
 
 
 def cores() -> dict[int, str]:
-    """The class of each layer's attention core, by layer number counted from 0."""
+    """The class of each layer's attention core, by the layer's number in the whole model, counted from 0."""
     modules = [x for x in gc.get_objects() if issubclass(type(x), torch.nn.Module)]
-    layers = [module for module in modules if "core_attention" in vars(module).get("_modules", {})]
-    return {layer.layer_number - 1: type(layer.core_attention).__name__ for layer in layers}
+    layers = [module for module in modules if hasattr(getattr(module, "self_attention", None), "core_attention")]
+    return {layer.layer_number - 1: type(layer.self_attention.core_attention).__name__ for layer in layers}
 
 
 def main() -> None:

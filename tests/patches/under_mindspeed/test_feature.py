@@ -1,16 +1,23 @@
 """The feature in MindSpeed's own manager: how it joins, what it patches, how it leaves, and what it says when it cannot."""
 
+import json
+
 import pytest
+from models import ENGINE, GQA, LATENT, LOCAL, MODEL, arguments
 
 ON = ("--experimental-attention-variant", "nsa")
 TARGETS = """
-TARGETS = (
+import inspect
+from torch.distributed.checkpoint.filesystem import _write_item
+TARGETS = [
     "megatron.core.transformer.transformer_block._get_block_submodules",
     "megatron.core.transformer.transformer_block.TransformerBlock.sharded_state_dict",
     "megatron.training.training.get_model",
     "megatron.training.training.train_step",
     "megatron.training.training.num_floating_point_operations",
-)
+]
+if "serialization_format" in inspect.signature(_write_item).parameters:
+    TARGETS.append("megatron.core.dist_checkpointing.strategies.filesystem_async._write_item")
 from mindspeed.patch_utils import MindSpeedPatchesManager as patches
 ours = lambda: {t: [w for w in p.wrappers if "mindspeed_nsa" in w.__module__] for t, p in patches.patches_info.items()}
 """
@@ -43,7 +50,7 @@ for target in TARGETS:
 manager.remove_patches()
 for target in TARGETS:
     function = pkgutil.resolve_name(target)
-    assert function.__module__.startswith("megatron.") and not hasattr(function, "__wrapped__"), target
+    assert "mindspeed" not in function.__code__.co_filename and not hasattr(function, "__wrapped__"), target
 """
     )
     passes(run_script, text, *ON)
@@ -55,11 +62,16 @@ from mindspeed.patch_utils import MindSpeedPatchesManager as patches
 for target, patch in sorted(patches.patches_info.items()):
     print("PATCH", target, getattr(patch.patch_func, "__qualname__", None), [w.__qualname__ for w in patch.wrappers])
 """
-    found = passes(run_script, "import mindspeed_nsa.megatron_adaptor\n" + listed)
-    plain = passes(run_script, "import mindspeed.megatron_adaptor\n" + listed)
-    ours, theirs = ([line for line in text.splitlines() if line.startswith("PATCH")] for text in (found, plain))
-    assert ours == theirs
-    assert len(ours) > 80
+    plain, *ours = (
+        [line for line in passes(run_script, f"import {adaptor}\n{listed}", *flags).splitlines() if line.startswith("PATCH")]
+        for adaptor, flags in (
+            ("mindspeed.megatron_adaptor", ()),
+            ("mindspeed_nsa.megatron_adaptor", ()),
+            ("mindspeed_nsa.megatron_adaptor", (*ON, "--nsa-enabled", "false")),
+        )
+    )
+    assert ours == [plain, plain]
+    assert len(plain) > 80
 
 
 def test_joining_too_late_is_refused(run_script):
@@ -140,6 +152,24 @@ assert training.train_step.__wrapped__() == "other"
     passes(run_script, text, *ON)
 
 
+def test_another_plugin_s_attention_is_not_replaced_in_silence(run_script):
+    """The other one has put its attention into the layers before NSA comes to them."""
+    text = """
+import argparse
+import mindspeed_nsa.megatron_adaptor
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import transformer_block, transformer_layer
+from megatron.core.transformer.attention import SelfAttention
+class OtherAttention(SelfAttention): pass
+layer = get_gpt_layer_local_spec()
+layer.submodules.self_attention.module = OtherAttention
+block = transformer_block.TransformerBlockSubmodules(layer_specs=[layer])
+transformer_layer.get_transformer_layer_offset = lambda config: 0  # there are no ranks here
+transformer_block._get_block_submodules(argparse.Namespace(num_layers=1), block)
+"""
+    fails(run_script, text, "attention is OtherAttention; NSA replaces SelfAttention or MLASelfAttention", *ON)
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_layer_with_another_core_is_named(run_script, number):
     text = f"""
@@ -204,3 +234,60 @@ assert count(args(length), 4) == expected, (count(args(length), 4), expected)
 """
     flags = ("--nsa-layers", "1:", "--nsa-v-head-dim", "32")
     passes(run_script, text, *ON, *flags, *(("--nsa-gate", "query", "--nsa-separate-kv", "false") if latent else ()))
+
+
+EXPERTS = {"num-experts": 4, "moe-grouped-gemm": True, "moe-token-dispatcher-type": "alltoall", "expert-model-parallel-size": 2}
+EXPERTS["bf16"] = True
+REFUSED = [
+    ({"context-parallel-size": 2}, "--context-parallel-size 2 does not go with NSA: each rank would attend"),
+    ({"attention-dropout": 0.1}, "--attention-dropout 0.1 does not go with NSA: its operators drop nothing"),
+    ({"position-embedding-type": "alibi"}, "--position-embedding-type alibi does not go with NSA: its scores take no bias"),
+    (
+        {"position-embedding-type": "relative"} | ENGINE,
+        "--position-embedding-type relative does not go with NSA",
+    ),
+    ({"mtp-num-layers": 1}, "--mtp-num-layers 1 does not go with NSA: the layers of multi-token prediction would stay dense"),
+    ({"use-legacy-models": True, "ckpt-format": "torch"}, "--use-legacy-models True does not go with NSA: legacy models"),
+    (
+        {"tp-2d": True, "tp-x": 2, "tensor-model-parallel-size": 2},
+        "--tp-2d True does not go with NSA: it splits the",
+    ),
+    (EXPERTS | {"moe-fb-overlap": True}, "--moe-fb-overlap True does not go with NSA: it runs the parts of a layer by itself"),
+    ({"nsa-window-size": "wide"}, "nsa.window_size: input should be a valid integer, given 'wide'"),
+    ({"nsa-config": "absent.yaml"}, "absent.yaml: no such file or directory"),
+    (
+        {"experimental-attention-variant": None, "nsa-window-size": 64},
+        "--nsa-window-size: NSA is not turned on",
+    ),
+    (LATENT | {"nsa-gate": "hidden"}, "multi-latent attention hands its core query, key and value only"),
+    ({"nsa-backend": "reference"}, "accepted"),
+]
+
+
+@pytest.fixture(scope="module")
+def refusals(run_script):
+    """What the hosts' own parser and checks, with the feature's, say to each of `REFUSED` in a job that runs without it."""
+    job = MODEL | LOCAL | GQA | {"data-path": "text", "use-flash-attn": True, "nsa-backend": "reference"}
+    job |= {"experimental-attention-variant": "nsa"}
+    text = f"""
+import json, os, sys
+import mindspeed_nsa.megatron_adaptor
+from megatron.training.arguments import parse_args, validate_args
+os.environ["WORLD_SIZE"] = "2"
+for flags in {[arguments(job | flags) for flags, _ in REFUSED]!r}:
+    sys.argv = ["pretrain", *flags]
+    try:
+        validate_args(parse_args())
+        said = "accepted"
+    except (AssertionError, ValueError) as error:
+        said = str(error)
+    print("SAID", json.dumps(said))
+"""
+    output = passes(run_script, text, *arguments(job))
+    return [json.loads(line.removeprefix("SAID ")) for line in output.splitlines() if line.startswith("SAID ")]
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)), ids=lambda number: REFUSED[number][1][:40])
+def test_what_cannot_work_is_refused_in_words(refusals, number):
+    assert REFUSED[number][1] in refusals[number]
+    assert "\n" not in refusals[number]
