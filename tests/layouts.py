@@ -92,8 +92,8 @@ LAYOUTS = {
     "EP2 x TP2+SP": Layout(
         4, EXPERTS + _parallel(ep=2, tp=2, sequence_parallel=True, expert_tensor_parallel_size=1), like="experts"
     ),
-    "bf16": Layout(1, BF16),
-    "bf16, experts": Layout(1, EXPERTS + BF16),
+    "bf16": Layout(1, BF16, tolerance=BF16_TOLERANCE),
+    "bf16, experts": Layout(1, EXPERTS + BF16, tolerance=BF16_TOLERANCE),
 }
 LAYOUTS |= {
     f"bf16, {name}": LAYOUTS[name].plus(*BF16)._replace(like=like, tolerance=BF16_TOLERANCE)

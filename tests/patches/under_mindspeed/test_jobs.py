@@ -122,7 +122,7 @@ def test_latent_attention_on_two_ranks(run_job, latent, flags):
     job = run_job(REFERENCE, LATENT, flags, ranks=2)
     assert job.cores == ALL_NSA
     close(job.losses[:1], latent.losses[:1])
-    close(job.losses, latent.losses, 2e-3)
+    close(job.losses, latent.losses, 5e-3)
 
 
 @pytest.mark.parametrize("spec", [LOCAL | FLASH, ENGINE], ids=["local", "engine"])
