@@ -15,6 +15,7 @@ import wire
 MESSAGES = wire.watch()
 
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import base as saving  # noqa: E402
 
 from mindspeed_nsa import attention, selection  # noqa: E402
 from mindspeed_nsa.patches import megatron_core  # noqa: E402
@@ -38,6 +39,7 @@ def main(config: str, jobs: str) -> None:
         megatron_core._group_of.cache_clear()
         # Megatron-core 0.12 forgets these neither when groups are destroyed nor when they are made anew without this rank.
         parallel_state._EMBEDDING_GLOBAL_RANKS = parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
+        saving.async_calls = type(saving.async_calls)()  # it counts saves, of which ranks have done different numbers
         undo = _SPOIL[job["spoiled"]]()
         run(Job.from_file(config, job["overrides"]))
         undo()

@@ -90,6 +90,7 @@ def expected(job):
     values |= {
         "expert_tensor_parallel_size": job.parallel.expert_tensor_parallel_size or job.parallel.tensor_model_parallel_size
     }
+    del values["cp_comm_type"]  # of context parallelism, which is refused there
     values["moe_layer_freq"] = 1 if model.moe_layer_freq == 1 else [int(is_moe) for is_moe in model.expert_layers]
     values["moe_ffn_hidden_size"] = model.moe_ffn_hidden_size or model.ffn_width
     values |= {"group_query_attention": not model.multi_latent_attention, "create_attention_mask_in_dataloader": False}
