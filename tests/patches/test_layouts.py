@@ -32,7 +32,8 @@ SPOILED = {kind: Layout(1, (), spoiled=kind) for kind in ("scale", "heads")}
 # way of its own.
 LOADED = {
     name: (source, family[0])
-    for family in families({name: layout for name, layout in HERE.items() if NEW or "distributed" not in name})
+    for everywhere in families(LAYOUTS)
+    for family in [[name for name in everywhere if name in HERE and (NEW or "distributed" not in name)]]
     for source, name in zip(family[-1:] + family[:-1], family, strict=True)
 }
 
