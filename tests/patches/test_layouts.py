@@ -28,12 +28,11 @@ from packaging.version import Version  # noqa: E402
 NEW = Version(megatron.__version__) >= Version("0.16")
 HERE = {name: layout for name, layout in LAYOUTS.items() if NEW or not layout.needs_new}
 SPOILED = {kind: Layout(1, (), spoiled=kind) for kind in ("scale", "heads")}
-# Each layout loads what the one before it in its family has saved. Megatron-core below 0.16 stores a distributed optimizer in a
-# way of its own.
+# Each layout loads what the one before it in its family has saved. Megatron-core below 0.16 names the layers of interleaved
+# stages by the stage that was built last, and stores a distributed optimizer in a way of its own.
 LOADED = {
     name: (source, family[0])
-    for everywhere in families(LAYOUTS)
-    for family in [[name for name in everywhere if name in HERE and (NEW or "distributed" not in name)]]
+    for family in families(LAYOUTS if NEW else {})
     for source, name in zip(family[-1:] + family[:-1], family, strict=True)
 }
 
