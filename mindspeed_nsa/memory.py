@@ -2,7 +2,6 @@
 
 The estimate follows from shapes and from what Megatron, MindSpeed and the operators keep; nothing of it was measured on a chip.
 What it cannot know, `RESERVE`, is a guess: the runtime, communication buffers, workspaces of operators, gaps.
-
 """
 
 from typing import NamedTuple
@@ -184,7 +183,7 @@ def _layer_parameters(job: Job, number: int) -> int:
         replicated += (hidden + bias) * (model.num_experts or 0)
     width = feed_forward_width(job, number)
     replicated += hidden * bias * (width > 0)
-    split += (_matrices(job) * hidden + bias * (_matrices(job) - 1)) * width
+    split += (matrices(job) * hidden + bias * (matrices(job) - 1)) * width
     return replicated + split // tensor
 
 
@@ -194,7 +193,7 @@ def _expert_parameters(job: Job, number: int) -> int:
     if not model.expert_layers[number]:
         return 0
     assert model.num_experts is not None
-    split = (_matrices(job) * model.hidden_size + model.add_bias_linear * (_matrices(job) - 1)) * expert_width(job)
+    split = (matrices(job) * model.hidden_size + model.add_bias_linear * (matrices(job) - 1)) * expert_width(job)
     here = split // expert_tensor_ranks(job) + model.add_bias_linear * model.hidden_size
     return model.num_experts // job.parallel.expert_model_parallel_size * here
 
@@ -203,7 +202,7 @@ def _norm(job: Job, width: int) -> int:
     return width * (2 if job.model.normalization == "LayerNorm" else 1)
 
 
-def _matrices(job: Job) -> int:
+def matrices(job: Job) -> int:
     """Matrices of a feed-forward network: a gate, values and what leads back, or the last two."""
     return 3 if job.model.swiglu else 2
 
@@ -291,11 +290,15 @@ def _rotary_bytes(job: Job) -> float:
     return 4 * dims * bytes_of(job)
 
 
+def rank_tokens(job: Job) -> float:
+    """Tokens of a micro-batch that a context-parallel rank has."""
+    return job.model.seq_length * job.training.micro_batch_size / job.parallel.context_parallel_size
+
+
 def own_tokens(job: Job) -> float:
     """Tokens of a micro-batch that a rank holds between the layers."""
     parallel = job.parallel
-    tokens = job.model.seq_length * job.training.micro_batch_size / parallel.context_parallel_size
-    return tokens / parallel.tensor_model_parallel_size if parallel.sequence_parallel else tokens
+    return rank_tokens(job) / parallel.tensor_model_parallel_size if parallel.sequence_parallel else rank_tokens(job)
 
 
 def bytes_of(job: Job) -> int:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import yaml
 
 from mindspeed_nsa.flops import Flops, dense_flops, layer_flops
-from mindspeed_nsa.memory import Estimate, expert_width, is_sparse, parameter_count
+from mindspeed_nsa.memory import Estimate, expert_width, is_sparse, matrices, parameter_count
 from mindspeed_nsa.plan.wire import Message
 from mindspeed_nsa.pretrain.job import Job
 
@@ -88,16 +88,15 @@ def token_flops(job: Job, vocab_size: int) -> TokenFlops:
     met = parameter_count(job, vocab_size) - _not_met(job) - vocab_size * model.hidden_size
     if not model.untie_embeddings_and_output_weights:
         met += vocab_size * model.hidden_size
-    matrices = 2 * met - nsa.projections
-    return TokenFlops(nsa, dense * (model.num_layers - sparse), matrices, dense * model.num_layers)
+    products = 2 * met - nsa.projections
+    return TokenFlops(nsa, dense * (model.num_layers - sparse), products, dense * model.num_layers)
 
 
 def _not_met(job: Job) -> int:
     """Parameters of the routed experts that a token is not sent to."""
     model = job.model
     left = (model.num_experts or 0) - model.moe_router_topk if model.num_experts else 0
-    matrices = 3 if model.swiglu else 2
-    return sum(model.expert_layers) * left * matrices * model.hidden_size * expert_width(job)
+    return sum(model.expert_layers) * left * matrices(job) * model.hidden_size * expert_width(job)
 
 
 def bound(job: Job, world_size: int, flops: TokenFlops, memory: Estimate, messages: list[Message], chip: Hardware) -> Bound:

@@ -16,6 +16,7 @@ from mindspeed_nsa.memory import (
     optimizer_ranks,
     own_tokens,
     pooling_parameters,
+    rank_tokens,
     stage_layers,
     stage_parameters,
 )
@@ -134,7 +135,7 @@ def _shared_groups(job: Job, forwards: int, core_forwards: int) -> Iterator[Mess
         widths = [model.num_attention_heads * query + groups * (query + value)]
         widths += [2 * groups * (query + value)] * nsa.separate_kv
         for width in widths:
-            payload = _rank_tokens(job) * width * bytes_of(job)
+            payload = rank_tokens(job) * width * bytes_of(job)
             yield Message("tensor", "projections of shared groups", "all-gather", ranks, payload, forwards)
             yield Message("tensor", "projections of shared groups", "reduce-scatter", ranks, payload, 1)
         pooling = pooling_parameters(job, held.kv_head_num)[0] * bytes_of(job)
@@ -154,7 +155,7 @@ def _context(job: Job, core_forwards: int) -> Iterator[Message]:
     ranks, heads, groups = parallel.context_parallel_size, job.held_heads.head_num, job.held_heads.kv_head_num
     query, value = model.head_width, model.value_width
     branches = 3 if job.nsa.separate_kv else 1
-    a_token = _rank_tokens(job) * bytes_of(job)
+    a_token = rank_tokens(job) * bytes_of(job)
     of_keys = branches * (query + value)
     if parallel.cp_comm_type == "all_gather":
         payload = ranks * a_token * groups * of_keys
@@ -210,7 +211,7 @@ def _ends(job: Job, stage: int) -> Iterator[Message]:
         yield Message("tensor", "embeddings", "all-gather", ranks, hidden, int(sequence))
     if stage == parallel.pipeline_model_parallel_size - 1:
         yield from _tensor(job, 1, 0, 1)
-        yield Message("tensor", "losses", "all-reduce", ranks, _rank_tokens(job) * 4, _LOSSES)
+        yield Message("tensor", "losses", "all-reduce", ranks, rank_tokens(job) * 4, _LOSSES)
 
 
 def _pipeline(job: Job, stage: int) -> Iterator[Message]:
@@ -240,10 +241,5 @@ def _gradients(job: Job, world_size: int, vocab_size: int, stage: int) -> Iterat
         yield Message("pipeline", "gradients of the embedding", "all-reduce", 2, table, 1)
 
 
-def _rank_tokens(job: Job) -> float:
-    """Tokens of a micro-batch that a context-parallel rank has."""
-    return job.model.seq_length * job.training.micro_batch_size / job.parallel.context_parallel_size
-
-
 def _hidden_bytes(job: Job) -> float:
-    return _rank_tokens(job) * job.model.hidden_size * bytes_of(job)
+    return rank_tokens(job) * job.model.hidden_size * bytes_of(job)

@@ -49,8 +49,8 @@ template <class E> class QuerySide {
     const In *query_t(int64_t i) const { return query_t_ + i * problem_.qk_pad * kLanes; }
     const In *grad_t(int64_t i) const { return grad_t_ + i * problem_.v_pad * kLanes; }
     // Panel j of dims of the group's rows; a group starts at a multiple of kGroup.
-    const In *query(int64_t group, int64_t j) const { return query_ + (group * problem_.qk_pad + j * kRows) * kLanes; }
-    const In *grad(int64_t group, int64_t j) const { return grad_ + (group * problem_.v_pad + j * kRows) * kLanes; }
+    const In *query(int64_t group, int64_t j) const { return query_ + (group * problem_.qk_pad + j * kGroupRows) * kLanes; }
+    const In *grad(int64_t group, int64_t j) const { return grad_ + (group * problem_.v_pad + j * kGroupRows) * kLanes; }
 
     // Asks for rows that are taken later.
     void prefetch(const Gradients &from, const TileRows &rows) const {
@@ -80,11 +80,11 @@ template <class E> class QuerySide {
         int64_t qk = problem_.qk_pad, v = problem_.v_pad, group = i / kGroup * kGroup, inside = i % kGroup * kLanes * kLanes;
         auto query_rows = query_stage_.gather(type, from.query, rows);
         E::pack_columns(query_rows, qk, query_t_ + i * qk * kLanes);
-        if (by_rows) E::pack_rows(query_rows, qk, query_ + group * qk * kLanes + inside, kRows * kLanes);
+        if (by_rows) E::pack_rows(query_rows, qk, query_ + group * qk * kLanes + inside, kGroupRows * kLanes);
         memcpy(rows.used, all, sizeof all);
         auto grad_rows = grad_stage_.gather(type, from.grad, rows);
         E::pack_columns(grad_rows, v, grad_t_ + i * v * kLanes);
-        if (by_rows) E::pack_rows(grad_rows, v, grad_ + group * v * kLanes + inside, kRows * kLanes);
+        if (by_rows) E::pack_rows(grad_rows, v, grad_ + group * v * kLanes + inside, kGroupRows * kLanes);
     }
     // Fill the rest of the last group with rows that weigh nothing.
     void fill(int64_t count) {
@@ -97,14 +97,14 @@ template <class E> class QuerySide {
             memset(query_t_ + i * qk * kLanes, 0, qk * kLanes * sizeof(In));
             memset(grad_t_ + i * v * kLanes, 0, v * kLanes * sizeof(In));
             for (int64_t j = 0; j < qk / 16; j++)
-                memset(query_ + (group * qk + j * kRows) * kLanes + inside, 0, kLanes * kLanes * sizeof(In));
+                memset(query_ + (group * qk + j * kGroupRows) * kLanes + inside, 0, kLanes * kLanes * sizeof(In));
             for (int64_t j = 0; j < v / 16; j++)
-                memset(grad_ + (group * v + j * kRows) * kLanes + inside, 0, kLanes * kLanes * sizeof(In));
+                memset(grad_ + (group * v + j * kGroupRows) * kLanes + inside, 0, kLanes * kLanes * sizeof(In));
         }
     }
 
   private:
-    static constexpr int64_t kRows = kGroup * kLanes; // of a group
+    static constexpr int64_t kGroupRows = kGroup * kLanes; // of a group
 
     const Problem &problem_;
     RowStage<E> query_stage_, grad_stage_;
