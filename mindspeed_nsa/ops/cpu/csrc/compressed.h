@@ -31,30 +31,41 @@ struct Importance {
     }
 };
 
-// The ids of the best of `candidates` scores, equal ones by id; forced blocks first (reference.choose).
+// The ids of the best of `candidates` scores, equal ones by id; forced blocks first (reference.choose). A tournament: the best of
+// 16 scores each stand in for them, and one of a group that won is replaced by the group's next.
 class Chooser {
   public:
-    explicit Chooser(const NsaCompressed &at) : at_(at), best_(at.select_block_count) {}
+    Chooser(const NsaCompressed &at, int64_t blocks) : at_(at), winners_(round_up(ceil_div(blocks, kLanes), kLanes)) {}
 
-    void choose(const float *scores, int64_t own, int64_t candidates, int32_t *ids) {
-        int64_t count = at_.select_block_count, found = 0;
-        float bar = -INFINITY;
-        for (int64_t s = 0; s < candidates; s++) {
-            bool forced = s <= own && (s < at_.init_blocks || s > own - at_.local_blocks);
-            float score = forced ? INFINITY : scores[s];
-            if (found == count && !(score > bar)) continue;
-            int64_t i = found < count ? found++ : count - 1;
-            for (; i > 0 && best_[i - 1] < score; i--) best_[i] = best_[i - 1], ids[i] = ids[i - 1];
-            best_[i] = score;
-            ids[i] = int32_t(s);
-            bar = best_[found - 1];
+    // Writes over the scores.
+    void choose(float *scores, int64_t own, int64_t candidates, int32_t *ids) {
+        int64_t groups = ceil_div(candidates, kLanes), all = round_up(groups, kLanes);
+        int64_t local = std::max<int64_t>(own - at_.local_blocks + 1, 0);
+        std::fill(scores, scores + std::min(at_.init_blocks, candidates), INFINITY);
+        std::fill(scores + std::min(local, candidates), scores + candidates, INFINITY);
+        std::fill(scores + candidates, scores + groups * kLanes, kOut);
+        for (int64_t g = 0; g < groups; g++) winners_[g] = highest(scores + g * kLanes, kLanes);
+        std::fill(winners_ + groups, winners_ + all, kOut);
+        for (int64_t i = 0; i < at_.select_block_count; i++) {
+            float best = highest(winners_, all);
+            if (best == kOut) { // fewer blocks than asked for
+                ids[i] = int32_t(i);
+                continue;
+            }
+            int64_t g = find(winners_, best);
+            float *group = scores + g * kLanes;
+            int64_t s = find(group, best);
+            ids[i] = int32_t(g * kLanes + s);
+            put(group, s, kOut);
+            put(winners_, g, highest(group, kLanes));
         }
-        for (int64_t i = found; i < count; i++) ids[i] = int32_t(i); // fewer blocks than asked for
     }
 
   private:
+    static constexpr float kOut = -INFINITY;
+
     const NsaCompressed &at_;
-    std::vector<float> best_;
+    Buffer<float> winners_;
 };
 
 // What a chunk's queries find important.
@@ -80,15 +91,15 @@ class Scores {
         alignas(64) float inverse[kLanes] = {};
         for (int64_t lane = first; lane < last; lane++) inverse[lane] = lanes.total[lane] > 0 ? 1 / lanes.total[lane] : 0;
         for (int64_t s = 0; s < blocks_; s += kLanes) {
-            const float *rows[kLanes];
-            alignas(64) float columns[kLanes * kLanes];
-            for (int64_t i = 0; i < kLanes; i++) rows[i] = from + (s + i) * kLanes;
-            transpose(rows, 0, columns, kLanes);
-            for (int64_t i = 0; i < kLanes; i += kWidth) {
-                vf total = fresh ? vf{} : load(scores + s + i);
-                for (int64_t lane = first; lane < last; lane++) total += load(columns + lane * kLanes + i) * inverse[lane];
-                store(scores + s + i, total);
+            vf part[kLanes];
+            for (int64_t i = 0; i < kLanes; i++) {
+                part[i] = vf{};
+                for (int j = 0; j < kLanes; j += kWidth) part[i] += load(from + (s + i) * kLanes + j) * load(inverse + j);
             }
+            alignas(64) float total[kLanes];
+            across(part, [](vf x, vf y) { return x + y; }, total);
+            for (int64_t i = 0; i < kLanes; i += kWidth)
+                store(scores + s + i, fresh ? load(total + i) : load(scores + s + i) + load(total + i));
         }
     }
     float *row() { return row_; }
@@ -113,7 +124,7 @@ struct CompressedPass {
 
 // Scores of one query, all its tiles of lanes summed.
 template <class E>
-inline const float *score_query(Forward<E> &forward, Scores &scores, const Lanes &lanes, int64_t query) {
+inline float *score_query(Forward<E> &forward, Scores &scores, const Lanes &lanes, int64_t query) {
     int64_t tile = query / lanes.queries_per_tile * lanes.tiles_per_query, first = query % lanes.queries_per_tile * lanes.heads;
     for (int64_t i = 0; i < lanes.tiles_per_query; i++) {
         int64_t used = std::min(lanes.heads, lanes.group - i * kLanes); // the last tile may have heads to spare
@@ -172,7 +183,7 @@ void compressed_pass(const Problem &problem, const CompressedPass &pass, const N
     auto work = compressed_chunks(problem, pass, size);
     parallel<typename E::Session>(problem.at.threads, int64_t(work.size()), [&] {
         int64_t most = lanes.tiles(size);
-        return [&, forward = Forward<E>(problem, most, pass.attention), chooser = Chooser(pass.at),
+        return [&, forward = Forward<E>(problem, most, pass.attention), chooser = Chooser(pass.at, pass.most_blocks),
                 scores = Scores(pass.at, scored ? most : 0, pass.most_blocks)](int64_t task) mutable {
             const Chunk &chunk = work[task];
             const Sample &sample = *chunk.sample;

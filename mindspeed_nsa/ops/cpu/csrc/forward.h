@@ -12,8 +12,7 @@ template <class E> struct KeyTile {
 
 // Which keys from the i-th of a tile on a lane sees.
 inline vi keys_seen(const LaneTile &tile, int lane, const Span &keys, int64_t i) {
-    alignas(64) static const int32_t count[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    vi at = load(count) + int32_t(keys.start + i);
+    vi at = load(kCount) + int32_t(keys.start + i);
     return (at >= tile.first[lane]) & (at < std::min(tile.last[lane], int32_t(keys.start + keys.count)));
 }
 

@@ -4,6 +4,7 @@
 typedef float vf __attribute__((vector_size(NSA_WIDTH * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(NSA_WIDTH * 4), aligned(4), may_alias));
 constexpr int kWidth = NSA_WIDTH;
+alignas(64) constexpr int32_t kCount[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 inline vf load(const float *from) { return *reinterpret_cast<const vf *>(from); }
 inline vi load(const int32_t *from) { return *reinterpret_cast<const vi *>(from); }
@@ -27,6 +28,38 @@ inline float sum(vf x) {
     for (int i = 0; i < kWidth; i++) total += x[i];
     return total;
 #endif
+}
+
+// ---- a row of floats, kWidth at a time
+// The largest of `count`; a NaN counts as none. -infinity where there is none.
+inline float highest(const float *row, int64_t count) {
+    vf high = splat(-INFINITY);
+    for (int64_t i = 0; i < count; i += kWidth) high = larger(load(row + i), high);
+#if NSA_WIDTH == 16
+    return _mm512_reduce_max_ps((__m512)high);
+#else
+    float most = high[0];
+    for (int i = 1; i < kWidth; i++) most = std::max(most, high[i]);
+    return most;
+#endif
+}
+// Where a value that is there is first.
+inline int64_t find(const float *row, float value) {
+    for (int64_t i = 0;; i += kWidth) {
+#if NSA_WIDTH == 16
+        unsigned same = _mm512_movepi32_mask((__m512i)(load(row + i) == value));
+        if (same) return i + __builtin_ctz(same);
+#else
+        vi same = load(row + i) == value;
+        for (int j = 0; j < kWidth; j++)
+            if (same[j]) return i + j;
+#endif
+    }
+}
+// Replaces a value; its neighbours are written with it, so that a load of them all need not wait.
+inline void put(float *row, int64_t at, float value) {
+    int64_t first = at / kWidth * kWidth;
+    store(row + first, pick(load(kCount) == int32_t(at - first), splat(value), load(row + first)));
 }
 
 #if NSA_WIDTH == 16
