@@ -195,27 +195,22 @@ inline void *row_of(void *contiguous, int32_t type, int64_t row, int64_t dim) {
 
 template <class T> inline void transpose(const T *const *rows, int64_t offset, T *to, int64_t to_stride) {
 #if NSA_WIDTH == 16
-    __m512i r[16], t[16];
-    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i] + offset);
-    for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; i++) {
-        _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-        _mm512_storeu_si512(to + (i + 8) * to_stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+    // Four columns at a time, of which memory fills the quarters of a vector: shuffles have one port, loads have others.
+    for (int j = 0; j < 16; j += 4) {
+        auto quarter = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(rows[row] + offset + j)); };
+        __m512i r[4], t[4];
+        for (int i = 0; i < 4; i++) {
+            r[i] = _mm512_inserti32x4(_mm512_castsi128_si512(quarter(i)), quarter(i + 4), 1);
+            r[i] = _mm512_inserti32x4(_mm512_inserti32x4(r[i], quarter(i + 8), 2), quarter(i + 12), 3);
+        }
+        for (int i = 0; i < 4; i += 2) {
+            t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+            t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+        }
+        for (int i = 0; i < 2; i++) {
+            _mm512_storeu_si512(to + (j + 2 * i) * to_stride, _mm512_unpacklo_epi64(t[i], t[i + 2]));
+            _mm512_storeu_si512(to + (j + 2 * i + 1) * to_stride, _mm512_unpackhi_epi64(t[i], t[i + 2]));
+        }
     }
 #else
     for (int i = 0; i < 16; i++)
