@@ -67,10 +67,13 @@ class _ForAll(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, own, *saved)
         ctx.settings = *at, backend
         ctx.mark_non_differentiable(ids)
+        ctx.set_materialize_grads(False)  # no zeros for the ids
         return own, ids
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
         query, key, value, *saved = ctx.saved_tensors
         operands = grad, query, key, value, None, None, *saved
         return *library.compress_attention_backward(*operands, *ctx.settings), None, None, None
