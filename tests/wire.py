@@ -115,9 +115,9 @@ def counted(messages: Counter[Message]) -> dict[str, float]:
     return dict(totals)
 
 
-def planned(overrides: tuple[str, ...], ranks: int, rank: int, backend: str = "cpu") -> dict[str, float]:
-    """Bytes that a rank of `configs/tiny.yaml` with overrides sends by the plan, by dimension."""
-    job = Job.read(CONFIG, (*overrides, f"nsa.backend={backend}"))
+def planned(overrides: tuple[str, ...], ranks: int, rank: int) -> dict[str, float]:
+    """Bytes that a rank of `configs/tiny.yaml` with overrides sends on CPUs by the plan, by dimension."""
+    job = Job.read(CONFIG, (*overrides, "nsa.backend=cpu"))
     stage = rank // (ranks // job.parallel.pipeline_model_parallel_size)
     return by_dimension(step_messages(job, ranks, ROWS, stage))
 
