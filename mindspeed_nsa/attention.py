@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from . import selection
+from . import selection, shared_groups
 from .compression import Compression
 from .config import NSAConfig
 from .ops import library
@@ -127,10 +127,10 @@ class NativeSparseAttention(nn.Module):
 
     def _compress(self, query: Tensor, key: Tensor, value: Tensor, at: Compressed, backend: str) -> tuple[Tensor, Tensor]:
         """The compressed branch [T1, N1, D2], and the blocks for the selected one [T1, N2, select_block_count]."""
-        here = at if self.score_group is None else at._replace(select_block_count=0)
-        attention, ids, row_max, row_sum = library.compress_attention(query, key, value, None, None, *here, backend)
-        if self.score_group is not None:
-            ids = selection.choose_together(query, key, row_max, row_sum, at, self.score_group, backend)
+        if self.score_group is None:
+            attention, ids = library.compress_attention(query, key, value, None, None, *at, backend)[:2]
+        else:
+            attention, ids = shared_groups.compress_attention(query, key, value, at, self.score_group, backend)
         return attention, selection.in_order(ids)
 
     def settings(self, part: Part, backend: str, device: torch.device) -> Compressed:

@@ -7,7 +7,7 @@ What it cannot know, `RESERVE`, is a guess: the runtime, communication buffers, 
 from typing import NamedTuple
 
 from .config import NSAConfig
-from .ops.contract import SELECT_DIMS
+from .ops.contract import SELECT_DIMS, takes_group
 from .ops.reference import window_count
 from .pretrain.job import Job
 
@@ -228,21 +228,22 @@ def _in_flight(job: Job, world_size: int, stage: int) -> float:
 
 
 def _activations(job: Job, layers: list[int], in_flight: float) -> float:
-    """Bytes that a stage keeps for the micro-batches in flight, and the gradients of its largest layer."""
+    """Bytes that a stage keeps for the micro-batches in flight, and what its largest layer needs while it runs."""
     parallel, model = job.parallel, job.model
     whole = [_layer_bytes(job, number) for number in layers]
     largest = max(whole)
+    running = max(largest, _gathered_bytes(job))  # its gradients in the backward pass; other ranks' heads in the forward pass
     if parallel.recompute_granularity != "full":
-        return sum(whole) * in_flight + largest
+        return sum(whole) * in_flight + running
     assert parallel.recompute_num_layers is not None
     entry = own_tokens(job) * model.hidden_size * bytes_of(job)
     again = parallel.recompute_num_layers
     if parallel.recompute_method == "uniform":
         # What enters each run of layers is kept; one run at a time is computed again, whole.
-        return -(-len(layers) // again) * entry * in_flight + again * largest + largest
+        return -(-len(layers) // again) * entry * in_flight + again * largest + running
     of_run = len(layers) // job.pipeline_runs
     kept = [size for i, size in enumerate(whole) if i % of_run >= again]
-    return ((len(layers) - len(kept)) * entry + sum(kept)) * in_flight + 2 * largest
+    return ((len(layers) - len(kept)) * entry + sum(kept)) * in_flight + largest + running
 
 
 def _layer_bytes(job: Job, number: int) -> float:
@@ -281,6 +282,18 @@ def _attention_bytes(job: Job, number: int) -> float:
     return queries * of_a_query + tokens * of_a_key + model.seq_length // context * _rotary_bytes(job)
 
 
+def _gathered_bytes(job: Job) -> float:
+    """Bytes that a layer needs for the heads of ranks that share its key/value groups, where queries are brought together.
+
+    The queries as they come and in order; then these, with attention and statistics of all heads.
+    """
+    if not gathers_queries(job):
+        return 0.0
+    model, heads = job.model, job.run_heads.head_num * choosing_ranks(job)
+    query, result = model.head_width * bytes_of(job), model.value_width * bytes_of(job) + _STATISTICS
+    return model.seq_length * job.training.micro_batch_size * heads * (query + max(query, result))
+
+
 def _rotary_bytes(job: Job) -> float:
     """Cosine and sine of a position, for query and for key."""
     model = job.model
@@ -288,6 +301,25 @@ def _rotary_bytes(job: Job) -> float:
         return 0.0
     dims = model.qk_pos_emb_head_dim if model.multi_latent_attention else model.head_width * model.rotary_percent
     return 4 * dims * bytes_of(job)
+
+
+def choosing_ranks(job: Job) -> int:
+    """Ranks that run query heads of one key/value group, and choose its blocks together."""
+    over_context = len(job.run_heads.sharers) if job.parallel.cp_comm_type == "a2a" else 1
+    return len(job.held_heads.sharers) * over_context
+
+
+def gathers_queries(job: Job) -> bool:
+    """Whether ranks that share a key/value group bring its query heads together to choose blocks, or else sum scores.
+
+    They do on an NPU, where the operator chooses (`mindspeed_nsa.shared_groups`), and so does a job that is planned, unless its
+    backend is another.
+    """
+    nsa, model = job.nsa, job.model
+    on_npu = nsa.backend in ("auto", "ascend") and job.parallel.cp_comm_type != "all_gather"
+    chosen_inside = nsa.importance == "ascend" and nsa.select_own_block is not False
+    group = model.num_attention_heads // model.query_groups
+    return choosing_ranks(job) > 1 and on_npu and chosen_inside and takes_group(group)
 
 
 def rank_tokens(job: Job) -> float:

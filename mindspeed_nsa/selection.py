@@ -3,59 +3,14 @@
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor
 
-from .ops import library
-from .ops.reference import Compressed, choose, early_rows, lengths
-
-_SCORE_ELEMENTS = 1 << 22
+from .ops.reference import Compressed
 
 
 def in_order(topk_indices: Tensor) -> Tensor:
     """Ids best first to ids ascending, as the select operator's backward needs them (contract, section 6)."""
     return torch.sort(topk_indices, dim=-1).values
-
-
-@torch.no_grad()
-def choose_together(
-    query: Tensor,
-    key: Tensor,
-    softmax_max: Tensor,
-    softmax_sum: Tensor,
-    at: Compressed,
-    group: torch.distributed.ProcessGroup,
-    backend: str,
-) -> Tensor:
-    """Choose blocks where the query heads of a key/value head are spread over `group`: scores are summed over it first.
-
-    Every rank of the group gets the same ids.
-
-    Args:
-        query: this rank's heads [T, N1, D1].
-        key: compressed keys [windows, N2, D1].
-        softmax_max: of this rank's heads, as `compress_attention` returned it; `softmax_sum` likewise.
-        softmax_sum: see above.
-        at: the settings that `compress_attention` ran with.
-        group: the ranks that hold heads of the same key/value heads.
-        backend: a resolved name.
-
-    Returns:
-        [T, N2, at.select_block_count] int32, best first.
-    """
-    count = at.select_block_count
-    ids = torch.arange(count, dtype=torch.int32, device=query.device).repeat(query.shape[0], key.shape[1], 1)
-    starts = [0, *at.q_len[:-1]]
-    for start, stop, offset, blocks in zip(starts, at.q_len, at.q_offset, lengths(at.sel_len), strict=True):
-        rows = max(_SCORE_ELEMENTS // (blocks * key.shape[1]), 1) if blocks else 1
-        for first in range(start + early_rows(offset, at), stop, rows):
-            last = min(first + rows, stop)
-            scores = library.block_scores(query, key, softmax_max, softmax_sum, first, last, *at, backend)[..., :blocks]
-            scores = scores.contiguous()
-            torch.distributed.all_reduce(scores, group=group)
-            position = torch.arange(first - start, last - start, device=query.device) + offset
-            ids[first:last] = choose(scores, position, at)
-    return ids
 
 
 @torch.no_grad()

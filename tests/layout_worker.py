@@ -17,7 +17,7 @@ MESSAGES = wire.watch()
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import base as saving  # noqa: E402
 
-from mindspeed_nsa import attention, selection  # noqa: E402
+from mindspeed_nsa import attention, selection, shared_groups  # noqa: E402
 from mindspeed_nsa.patches import megatron_core  # noqa: E402
 from mindspeed_nsa.pretrain.job import Job  # noqa: E402
 from mindspeed_nsa.pretrain.model import SeededTransformerLayer  # noqa: E402
@@ -125,7 +125,7 @@ def _spoil_heads() -> Callable[[], None]:
 
 def _spoil_scores() -> Callable[[], None]:
     """Ranks that share a group do not sum their scores."""
-    choose_together, all_reduce = selection.choose_together, torch.distributed.all_reduce
+    choose_together, all_reduce = shared_groups.choose_together, torch.distributed.all_reduce
 
     def wrong(*args):
         torch.distributed.all_reduce = lambda *_, **__: None
@@ -134,8 +134,8 @@ def _spoil_scores() -> Callable[[], None]:
         finally:
             torch.distributed.all_reduce = all_reduce
 
-    selection.choose_together = wrong
-    return lambda: setattr(selection, "choose_together", choose_together)
+    shared_groups.choose_together = wrong
+    return lambda: setattr(shared_groups, "choose_together", choose_together)
 
 
 _SPOIL = {"nothing": _spoil_nothing, "scale": _spoil_scale, "heads": _spoil_heads, "scores": _spoil_scores}

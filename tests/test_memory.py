@@ -235,6 +235,16 @@ def test_context_parallel_ranks_share_tokens_or_heads():
         assert found.masks == mask_bytes(small().nsa, 1536) // (2 if kind == "all_gather" else 1)
 
 
+def test_ranks_that_bring_queries_together_hold_all_heads_while_a_layer_runs_forward():
+    """Queries twice, which is more than attention and statistics beside them; on the CPU ranks sum scores."""
+    shared = ("model.num_attention_heads=32", "model.num_query_groups=1", "parallel.tensor_model_parallel_size=16")
+    wide = (*shared, "model.kv_channels=192", "model.v_head_dim=128")
+    gathered, summed = (estimate(small(*wide, f"nsa.backend={name}"), 16, VOCABULARY).activations for name in ("auto", "cpu"))
+    assert gathered == summed * 4 / 5 + 1536 * 32 * 2 * 192 * 2
+    narrow = [estimate(small(*shared, f"nsa.backend={name}"), 16, VOCABULARY).activations for name in ("auto", "cpu")]
+    assert narrow[0] == narrow[1], "the gradients of a layer take more"
+
+
 def test_a_stage_keeps_the_micro_batches_in_flight():
     """Of two stages the first keeps two; where runs of layers are interleaved, five passes of half of its layers."""
     stages = ("parallel.pipeline_model_parallel_size=2", "training.global_batch_size=8")

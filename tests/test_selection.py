@@ -1,44 +1,17 @@
-"""Which blocks are chosen (design, rule 2), and that the choice does not depend on how heads are spread over ranks."""
+"""Which blocks are chosen (design, rule 2)."""
 
 import pytest
 import torch
-import torch.distributed as dist
+from choices import CHIP, SMALL, inputs, settings
 
 from mindspeed_nsa import selection
 from mindspeed_nsa.ops import library
-from mindspeed_nsa.ops.reference import Compressed, force, forced_blocks, top_blocks
+from mindspeed_nsa.ops.reference import force, forced_blocks, top_blocks
 from mindspeed_nsa.samples import Samples
-
-CHIP = {"window": 32, "stride": 16, "block": 64, "count": 16}
-SMALL = {"window": 4, "stride": 2, "block": 8, "count": 4}
-
-
-def settings(samples, sizes, importance="ascend", init_blocks=1, local_blocks=2, own_block=True):
-    return Compressed(
-        scale=0.5,
-        compress_block_size=sizes["window"],
-        compress_stride=sizes["stride"],
-        select_block_size=sizes["block"],
-        select_block_count=sizes["count"],
-        causal=True,
-        init_blocks=init_blocks,
-        local_blocks=local_blocks,
-        own_block=own_block,
-        importance=importance,
-        q_len=samples.ends,
-        cmp_len=samples.windows(sizes["window"], sizes["stride"]),
-        sel_len=samples.blocks(sizes["block"]),
-        q_offset=samples.whole.q_offset,
-    )
 
 
 def chosen(query, key, at):
     return selection.in_order(library.compress_attention(query, key, key, None, None, *at, "reference")[1])
-
-
-def inputs(samples, at, heads=4, kv_heads=2, dim=8, spread=1.0):
-    query = spread * torch.randn(samples.ends[-1], heads, dim)
-    return query, spread * torch.randn(at.cmp_len[-1], kv_heads, dim)
 
 
 @pytest.mark.parametrize("importance", ["ascend", "paper"])
@@ -118,61 +91,6 @@ def test_scores_are_the_chip_s_or_the_paper_s():
     at = settings(samples, SMALL)
     query, key = inputs(samples, at)
     assert not torch.equal(chosen(query, key, at), chosen(query, key, at._replace(importance="paper")))
-
-
-# ---- heads of a group spread over ranks
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
-def together(query, key, at, samples, group):
-    statistics = library.compress_attention(query, key, key, None, None, *at._replace(select_block_count=0), "reference")[2:]
-    return selection.choose_together(query, key, *statistics, at, group, "reference")
-
-
-@pytest.mark.parametrize("importance", ["ascend", "paper"])
-@pytest.mark.parametrize("rows", [1, 1 << 22])
-def test_choosing_together_is_choosing(alone, monkeypatch, rows, importance):
-    monkeypatch.setattr(selection, "_SCORE_ELEMENTS", rows)
-    samples = Samples((1, 100, 100, 131, 200))
-    at = settings(samples, SMALL, importance)
-    query, key = inputs(samples, at)
-    fused = library.compress_attention(query, key, key, None, None, *at, "reference")[1]
-    assert torch.equal(together(query, key, at, samples, alone), fused)
-
-
-def test_half_the_heads_choose_as_all(alone, monkeypatch):
-    """Four heads of one group on two ranks: the sum over the ranks decides, not a rank's own heads."""
-    samples = Samples((90, 91, 200))
-    at = settings(samples, SMALL)
-    query, key = inputs(samples, at, heads=4, kv_heads=1)
-    halves, scores = (query[:, :2], query[:, 2:]), ([], [])
-    whole = library.compress_attention(query, key, key, None, None, *at, "reference")[1]
-    for half, noted in zip(halves, scores, strict=True):
-        monkeypatch.setattr(dist, "all_reduce", lambda tensor, group, noted=noted: noted.append(tensor.clone()))
-        assert not torch.equal(together(half, key, at, samples, alone), whole)
-    for half, others in zip(halves, reversed(scores), strict=True):
-        monkeypatch.setattr(dist, "all_reduce", lambda tensor, group, others=others: tensor.add_(others.pop(0)))
-        assert torch.equal(together(half, key, at, samples, alone), whole)
-        assert others == []
-
-
-def test_scores_of_ranks_add_up():
-    samples = Samples((90, 91, 200))
-    at = settings(samples, SMALL)
-    query, key = inputs(samples, at, heads=4, kv_heads=1)
-
-    def scores(heads):
-        statistics = library.compress_attention(heads, key, key, None, None, *at, "reference")[2:]
-        return library.block_scores(heads, key, *statistics, 10, 190, *at, "reference")
-
-    torch.testing.assert_close(scores(query[:, :2]) + scores(query[:, 2:]), scores(query), rtol=1e-5, atol=1e-6)
 
 
 # ---- statistics

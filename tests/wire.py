@@ -116,8 +116,8 @@ def counted(messages: Counter[Message]) -> dict[str, float]:
 
 
 def planned(overrides: tuple[str, ...], ranks: int, rank: int) -> dict[str, float]:
-    """Bytes that a rank of `configs/tiny.yaml` with overrides sends by the plan, by dimension."""
-    job = Job.read(CONFIG, overrides)
+    """Bytes that a rank of `configs/tiny.yaml` with overrides sends on CPUs by the plan, by dimension."""
+    job = Job.read(CONFIG, (*overrides, "nsa.backend=cpu"))
     stage = rank // (ranks // job.parallel.pipeline_model_parallel_size)
     return by_dimension(step_messages(job, ranks, ROWS, stage))
 

@@ -71,3 +71,18 @@ def selects_own_block(name: str, device_type: str, group: int) -> bool:
     """
     backend = load(name, device_type)
     return not hasattr(backend, "plan") or backend.plan(group).name == "A"
+
+
+@torch.compiler.assume_constant_result
+def chooses_inside(name: str, device_type: str, group: int, own_block: bool, importance: str) -> bool:
+    """Whether one operator of a backend attends and chooses blocks: it leaves no scores to sum over ranks.
+
+    Args:
+        name: a resolved backend name.
+        device_type: of the tensors.
+        group: query heads a key/value head, of all ranks.
+        own_block: see `reference.Compressed`; `importance` likewise.
+        importance: see above.
+    """
+    backend = load(name, device_type)
+    return hasattr(backend, "operator_chooses") and backend.operator_chooses(group, own_block, importance)

@@ -76,7 +76,7 @@ def check_compress_attention(
     op = "npu_nsa_compress_attention"
     _check_attention(op, query, key, value, head_num, ("[T1, N1, D1]", "[windows, N2, D1]", "[windows, N2, D2]"))
     group = query.shape[1] // key.shape[1]
-    if group >= 128 or 128 % group:
+    if not takes_group(group):
         _refuse(op, f"N1 / N2 = {group}", "a divisor of 128 below 128", "kernel host code, section 2")
     if query.shape[2] > 768 or value.shape[2] > key.shape[2]:
         _refuse(op, f"D1 = {query.shape[2]}, D2 = {value.shape[2]}", "D2 <= D1 <= 768", "kernel host code, section 2")
@@ -93,6 +93,11 @@ def check_compress_attention(
     _check_mask(op, "atten_mask", atten_mask, (longest, max(lengths(cmp_len))), "the kernel assumes this stride, section 2")
     _check_mask(op, "topk_mask", topk_mask, (longest, max(lengths(sel_len))), "the kernel assumes this stride, section 2")
     return q_len, cmp_len, sel_len
+
+
+def takes_group(group: int) -> bool:
+    """Whether `npu_nsa_compress_attention` takes so many query heads a key/value head (section 2)."""
+    return group < 128 and 128 % group == 0
 
 
 def _check_blocks_of_windows(op: str, windows: list[int], blocks: list[int], sizes: tuple[int, int, int, int]) -> None:

@@ -6,7 +6,15 @@ from typing import NamedTuple
 import yaml
 
 from mindspeed_nsa.flops import Flops, dense_flops, layer_flops
-from mindspeed_nsa.memory import Estimate, expert_width, is_sparse, matrices, parameter_count
+from mindspeed_nsa.memory import (
+    Estimate,
+    choosing_ranks,
+    expert_width,
+    gathers_queries,
+    is_sparse,
+    matrices,
+    parameter_count,
+)
 from mindspeed_nsa.plan.wire import Message
 from mindspeed_nsa.pretrain.job import Job
 
@@ -31,16 +39,19 @@ class TokenFlops(NamedTuple):
         dense: of the attention of the layers without.
         matrices: all other products with parameters: two for each parameter that a token meets.
         all_dense: what attention would be were every layer dense.
+        repeated: what ranks that share key/value groups compute of one another's attention to compressed tokens, in the forward
+            pass alone.
     """
 
     nsa: Flops
     dense: float
     matrices: float
     all_dense: float
+    repeated: float
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """All of the model."""
         return sum(self.nsa) + self.dense + self.matrices
 
 
@@ -89,7 +100,8 @@ def token_flops(job: Job, vocab_size: int) -> TokenFlops:
     if not model.untie_embeddings_and_output_weights:
         met += vocab_size * model.hidden_size
     products = 2 * met - nsa.projections
-    return TokenFlops(nsa, dense * (model.num_layers - sparse), products, dense * model.num_layers)
+    repeated = nsa.compress * (choosing_ranks(job) - 1) if gathers_queries(job) else 0.0
+    return TokenFlops(nsa, dense * (model.num_layers - sparse), products, dense * model.num_layers, repeated)
 
 
 def _not_met(job: Job) -> int:
@@ -106,7 +118,8 @@ def bound(job: Job, world_size: int, flops: TokenFlops, memory: Estimate, messag
     tokens = job.training.global_batch_size * job.model.seq_length
     stages = parallel.pipeline_model_parallel_size
     bubble = (stages - 1) / job.pipeline_runs / batches
-    compute = (3 + again) * flops.total * tokens / world_size / chip.bf16_flops * (1 + bubble) if job.training.bf16 else None
+    work = (3 + again) * flops.total + (1 + again) * flops.repeated
+    compute = work * tokens / world_size / chip.bf16_flops * (1 + bubble) if job.training.bf16 else None
     # Weights once forward and once backward, gradients added to in each micro-batch; all of it around the optimizer.
     moved = batches * ((2 + again) * memory.weights + 2 * memory.gradients + 2 * memory.activations)
     moved += memory.weights + memory.gradients + 2 * memory.optimizer

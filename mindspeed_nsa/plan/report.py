@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mindspeed_nsa.memory import GB, RESERVE
+from mindspeed_nsa.memory import GB, RESERVE, choosing_ranks, gathers_queries
 from mindspeed_nsa.ops.reference import window_count
 from mindspeed_nsa.plan.bounds import Bound, hardware
 from mindspeed_nsa.plan.plan import Plan, Rank, Refusal
@@ -132,12 +132,11 @@ def _layout(plan: Plan) -> str:
 
 
 def _holds(plan: Plan, rank: Rank) -> Iterator[str]:
-    model, held, run = plan.job.model, plan.job.held_heads, plan.job.run_heads
-    shared = len(held.sharers) * (len(run.sharers) if plan.job.parallel.cp_comm_type == "a2a" else 1)
+    model, held = plan.job.model, plan.job.held_heads
     yield from _head(["", "model", "a rank"], 1)
     yield _line(["query heads held", str(model.num_attention_heads), str(held.head_num)])
     yield _line(["key/value groups held", str(model.query_groups), str(held.kv_head_num)])
-    yield _line(["ranks that choose the blocks of a group together", "", str(shared)])
+    yield _line(["ranks that choose the blocks of a group together", "", str(choosing_ranks(plan.job))])
     yield _line(["layers", str(model.num_layers), str(len(rank.layers))])
     yield _line(["parameters without routed experts", "", f"{rank.parameters.shared:,}"])
     yield _line(["parameters of routed experts", "", f"{rank.parameters.experts:,}"])
@@ -151,8 +150,10 @@ def _calls(plan: Plan) -> Iterator[str]:
     windows *= job.training.micro_batch_size
     yield from _head(["operator", "calls", "head_num", "key/value heads", "queries", "keys"], 1)
     yield _line(["compress", "2, keys and values", "", str(run.kv_head_num), "", f"{tokens:,} to {windows:,}"])
-    for name, keys in (("compress attention", windows), ("select attention", tokens), ("window attention", tokens)):
-        yield _line([name, "1", str(run.head_num), str(run.kv_head_num), f"{queries:,}", f"{keys:,}"])
+    of_all = run.head_num * (choosing_ranks(job) if gathers_queries(job) else 1)
+    calls = (("compress", of_all, windows), ("select", run.head_num, tokens), ("window", run.head_num, tokens))
+    for name, heads, keys in calls:
+        yield _line([f"{name} attention", "1", str(heads), str(run.kv_head_num), f"{queries:,}", f"{keys:,}"])
 
 
 def _memory(rank: Rank) -> Iterator[str]:
@@ -176,6 +177,7 @@ def _flops(plan: Plan) -> Iterator[str]:
         "attention of dense layers": flops.dense,
         "other matrices": flops.matrices,
         "all": flops.total,
+        "beside the model: compressed tokens, by each rank for all that share its groups": flops.repeated,
     }
     for name, part in parts.items():
         if part:

@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 from mindspeed_nsa.memory import (
     bytes_of,
+    choosing_ranks,
     expert_tensor_ranks,
     feed_forward_width,
+    gathers_queries,
     is_sparse,
     optimizer_ranks,
     own_tokens,
@@ -21,6 +23,7 @@ from mindspeed_nsa.memory import (
     stage_parameters,
 )
 from mindspeed_nsa.pretrain.job import Job
+from mindspeed_nsa.shared_groups import score_parts
 
 DIMENSIONS = ("tensor", "scores", "context", "pipeline", "expert", "data")
 
@@ -126,9 +129,9 @@ def _tensor(job: Job, into: int, out: int, forwards: int) -> Iterator[Message]:
 
 
 def _shared_groups(job: Job, forwards: int, core_forwards: int) -> Iterator[Message]:
-    """Where ranks share key/value groups: projections brought together, scores summed, gradients of the pooling summed."""
+    """Where ranks share key/value groups: projections brought together, blocks chosen, gradients of the pooling summed."""
     model, nsa, ranks = job.model, job.nsa, job.parallel.tensor_model_parallel_size
-    held, run = job.held_heads, job.run_heads
+    held = job.held_heads
     query, value, groups = model.head_width, model.value_width, model.query_groups
     sharers = len(held.sharers)
     if sharers > 1:
@@ -141,13 +144,25 @@ def _shared_groups(job: Job, forwards: int, core_forwards: int) -> Iterator[Mess
         pooling = pooling_parameters(job, held.kv_head_num)[0] * bytes_of(job)
         yield Message("scores", "gradients of the pooling", "all-reduce", sharers, pooling, 1)
     yield Message("tensor", "gradients of the pooling", "all-reduce", ranks, pooling_parameters(job, 0)[1] * bytes_of(job), 1)
-    together = sharers * (len(run.sharers) if job.parallel.cp_comm_type == "a2a" else 1)
-    blocks = -(-model.seq_length // nsa.select_block_size)
-    late: float = max(model.seq_length - nsa.select_block_size * nsa.select_block_count, 0) * job.training.micro_batch_size
+    together, batch = choosing_ranks(job), job.training.micro_batch_size
+    if gathers_queries(job):
+        heads = job.run_heads.head_num * together
+        payload = model.seq_length * batch * heads * query * bytes_of(job)
+        yield Message("scores", "queries of shared groups", "all-gather", together, payload, core_forwards)
+    else:
+        payload = batch * job.run_heads.kv_head_num * _scores(job) * 4
+        yield Message("scores", "scores of blocks", "all-reduce", together, payload, core_forwards)
+
+
+def _scores(job: Job) -> float:
+    """Scores that a rank sums for a key/value group of one sequence."""
+    length, pieces, ranks = job.model.seq_length, 1, 1
     if job.parallel.cp_comm_type == "all_gather":
-        late /= job.parallel.context_parallel_size
-    scores = late * run.kv_head_num * blocks * 4
-    yield Message("scores", "scores of blocks", "all-reduce", together, scores, core_forwards)
+        ranks = job.parallel.context_parallel_size
+        pieces = 2 * ranks
+    spans = ((length * piece // pieces, length * (piece + 1) // pieces) for piece in range(pieces))
+    parts = (part for span in spans for part in score_parts(*span, job.nsa.select_block_size, job.nsa.select_block_count))
+    return sum((last - first) * blocks for first, last, blocks in parts) / ranks
 
 
 def _context(job: Job, core_forwards: int) -> Iterator[Message]:

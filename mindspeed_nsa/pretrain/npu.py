@@ -33,4 +33,6 @@ def agree_on_plan(job: Job) -> None:
     if job.parallel.cp_comm_type == "a2a":
         context = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
         split = split_heads(split.head_num, split.kv_head_num, *context, "context_parallel_size")
-    npu_host.agree_on_plan(job.nsa, split.head_num // split.kv_head_num)
+    # Ranks that share a group attend with their own heads of it, and choose with all.
+    for group in sorted({split.head_num // split.kv_head_num, job.model.num_attention_heads // job.model.query_groups}):
+        npu_host.agree_on_plan(job.nsa, group)

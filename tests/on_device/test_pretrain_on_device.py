@@ -87,11 +87,14 @@ def test_the_device_goes_on_from_a_checkpoint_of_the_cpu_with_its_own_operators(
 
 
 @pytest.mark.emulated
-def test_two_ranks_that_share_a_sequence_have_the_losses_of_the_reference(text, on_cpu, tmp_path):
-    """Ulysses: each rank runs the operators on half of the heads of the whole sequence, on an emulated device of its own."""
-    sharing = ("parallel.context_parallel_size=2", "parallel.cp_comm_type=a2a", "training.train_iters=2")
+def test_ranks_that_share_a_sequence_have_the_losses_of_the_reference(text, on_cpu, tmp_path):
+    """Ulysses: four ranks run the operators on two heads each of the whole sequence, on an emulated device each.
+
+    Two of them share a key/value group.
+    """
+    sharing = ("parallel.context_parallel_size=4", "parallel.cp_comm_type=a2a", "training.train_iters=2")
     job = ["--config", str(CONFIG), *overrides(text, tmp_path, "nsa.backend=ascend", *sharing)]
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     line += ["-m", "tests.emulated_cann", "-m", "mindspeed_nsa.pretrain", *job]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, env=environment, cwd=CONFIG.parents[1], capture_output=True, text=True)

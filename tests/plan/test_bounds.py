@@ -33,6 +33,18 @@ def test_operations_of_a_token():
     assert (half.nsa.select, half.dense) == (found.nsa.select / 2, found.all_dense / 2)
 
 
+def test_ranks_that_share_a_group_repeat_one_another_s_compressed_attention():
+    """In the forward pass: once, or twice where it is computed again."""
+    shared = ("training.bf16=true", "parallel.tensor_model_parallel_size=8")
+    found, alone = (token_flops(job(*shared, f"nsa.backend={backend}"), ROWS) for backend in ("ascend", "cpu"))
+    assert found.repeated == 3 * found.nsa.compress
+    assert (alone.repeated, alone.total) == (0, found.total)
+    for again, overrides in enumerate(((), ("granularity=full", "method=uniform", "num_layers=1"))):
+        laid = job(*shared, *(f"parallel.recompute_{key}" for key in overrides))
+        more = bound(laid, 8, found, MEMORY, [], CHIP).compute - bound(laid, 8, alone, MEMORY, [], CHIP).compute
+        assert more == pytest.approx((1 + again) * found.repeated * 2 * 1536 / 8 / 1e12)
+
+
 def test_a_token_meets_the_experts_that_it_is_sent_to():
     experts = ("model.num_experts=4", "model.moe_ffn_hidden_size=64", "model.moe_router_topk=2")
     more = token_flops(job(*experts[:1], "model.num_experts=8", *experts[1:]), ROWS)

@@ -27,8 +27,11 @@ def test_a_plan_of_one_job(capsys):
     assert cells["query heads held"] == ["8", "4"]
     assert cells["key/value groups held"] == ["2", "1"]
     assert cells["ranks that choose the blocks of a group together"] == ["", "2"]
+    assert cells["compress attention"] == ["1", "4", "1", "1,536", "95"]
     assert cells["select attention"] == ["1", "2", "1", "1,536", "1,536"]
     assert cells["compress"] == ["2, keys and values", "", "1", "", "1,536 to 95"]
+    repeated = "beside the model: compressed tokens, by each rank for all that share its groups"
+    assert cells[repeated] == cells["NSA: compressed tokens"]
     assert "context 2 by a2a" in out and "2 micro-batches of 1 x 1,536 tokens" in out
     assert {"**tensor**", "**scores**", "**context**", "**data**"} <= cells.keys()
     assert cells["multiplications"] == ["unknown: no peak of float32 is published"]

@@ -61,7 +61,7 @@ def test_sequence_parallel_and_recompute():
 
 def test_ranks_that_share_a_group():
     """Of 4 tensor-parallel ranks two share each of 2 groups; tokens 1024 to 1535 have a choice, of 24 blocks."""
-    found = messages(4, "tensor_model_parallel_size=4")
+    found = messages(4, "tensor_model_parallel_size=4", "nsa.backend=cpu")
     assert find(found, "scores", "scores of blocks", "all-reduce") == (2, 512 * 1 * 24 * 4, 2 * 4)
     assert find(found, "scores", "gradients of the pooling", "all-reduce") == (2, 32 * (2 + 16) * 4, 2 * 4)
     gathered = [x for x in found if x.what == "projections of shared groups"]
@@ -74,8 +74,38 @@ def test_ranks_that_share_a_group():
     assert by_dimension(messages(2, "tensor_model_parallel_size=2")).keys() == {"tensor"}
 
 
+def test_scores_go_up_to_the_last_block_of_each_1024_queries():
+    found = messages(4, "tensor_model_parallel_size=4", "nsa.backend=cpu", "model.seq_length=4608")
+    queries_by_blocks = 1024 * 32 + 1024 * 48 + 1024 * 64 + 512 * 72
+    assert find(found, "scores", "scores of blocks", "all-reduce") == (2, queries_by_blocks * 4, 2 * 4)
+    laid = ("tensor_model_parallel_size=4", "context_parallel_size=2", "cp_comm_type=all_gather", "model.seq_length=4608")
+    found = messages(8, *laid)  # pieces of 1152 queries, two of the four on each rank
+    queries_by_blocks = 128 * 18 + 1024 * 34 + 128 * 36 + 1024 * 52 + 128 * 54 + 1024 * 70 + 128 * 72
+    assert find(found, "scores", "scores of blocks", "all-reduce")[1] == queries_by_blocks * 4 / 2
+
+
+@pytest.mark.parametrize("backend", ["auto", "ascend"])
+def test_ranks_that_share_a_group_bring_its_queries_together_on_an_npu(backend):
+    """The 4 heads of each group, 16 wide, of every token."""
+    chip = ("tensor_model_parallel_size=4", "training.bf16=true", f"nsa.backend={backend}")
+    found = messages(4, *chip)
+    assert find(found, "scores", "queries of shared groups", "all-gather") == (2, 1536 * 4 * 16 * 2, 2 * 4)
+    assert not [message for message in found if message.what == "scores of blocks"]
+    one_group = messages(8, *chip, "model.num_query_groups=1", "context_parallel_size=2", "cp_comm_type=a2a")
+    assert find(one_group, "scores", "queries of shared groups", "all-gather") == (8, 1536 * 8 * 16 * 2, 2 * 4)
+
+
+@pytest.mark.parametrize(
+    "unlike", ["nsa.select_own_block=false", "nsa.importance=paper", "model.num_attention_heads=24", "nsa.backend=reference"]
+)
+def test_scores_are_summed_where_the_operator_does_not_choose(unlike):
+    found = messages(4, "tensor_model_parallel_size=4", "nsa.strict=false", unlike)
+    names = {message.what for message in found if message.dimension == "scores"}
+    assert names == {"scores of blocks", "gradients of the pooling"}
+
+
 def test_context_parallel():
-    a2a = messages(4, "context_parallel_size=4", "cp_comm_type=a2a")
+    a2a = messages(4, "context_parallel_size=4", "cp_comm_type=a2a", "nsa.backend=cpu")
     own = 384 * 4  # bytes of a number of each token
     assert find(a2a, "context", "queries and gates", "all-to-all") == (4, own * 8 * (16 + 3), 2 * 4 * 2)
     assert find(a2a, "context", "keys and values", "all-to-all") == (4, own * 4 * 3 * 32, 2 * 4 * 2)

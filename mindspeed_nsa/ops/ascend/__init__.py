@@ -17,7 +17,7 @@ import torch_npu
 from torch import Tensor
 
 from .. import reference
-from ..contract import SELECT_DIMS
+from ..contract import SELECT_DIMS, takes_group
 from ..reference import (
     Compressed,
     Selected,
@@ -41,6 +41,7 @@ __all__ = [
     "compress_backward",
     "gated_sum",
     "gated_sum_backward",
+    "operator_chooses",
     "plan",
     "select_attention",
     "select_attention_backward",
@@ -127,7 +128,8 @@ def compress_attention(
         return _without_windows(query, key, value, at)
     go, masked, forced = _windows(query, at)
     padded = _take(key, go.fill), _take(value, go.fill)
-    if _operator_chooses(query, key, at):
+    group = query.shape[1] // key.shape[1]
+    if at.select_block_count and operator_chooses(group, at.own_block, at.importance):
         attention, ids, row_max, row_sum = operators.compress_attention(
             *(query, *padded, at.scale, SIZES),
             topk_mask=forced,
@@ -203,15 +205,19 @@ def _windows(query: Tensor, at: Compressed) -> tuple[Windows, Tensor, Tensor]:
     return go, *masks(*most, at.init_blocks, at.local_blocks, query.device)
 
 
-def _operator_chooses(query: Tensor, key: Tensor, at: Compressed) -> bool:
-    group = query.shape[1] // key.shape[1]
-    if at.select_block_count == 0:
-        return False
-    if not at.own_block:
+def operator_chooses(group: int, own_block: bool, importance: str) -> bool:
+    """Whether npu_nsa_compress_attention chooses the right blocks on this device; if not, says why once.
+
+    Args:
+        group: query heads a key/value head.
+        own_block: see `reference.Compressed`; `importance` likewise.
+        importance: see above.
+    """
+    if not own_block:
         why = "it cannot leave out the query's own block"
-    elif at.importance != "ascend":
-        why = f"importance is {at.importance}"
-    elif group >= 128 or 128 % group:
+    elif importance != "ascend":
+        why = f"importance is {importance}"
+    elif not takes_group(group):
         why = f"it takes no {group} query heads a key/value head"
     elif not plan(group).chooses:
         why = "its choice differs here, as the probe found"
