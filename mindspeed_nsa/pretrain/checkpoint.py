@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
@@ -287,7 +287,22 @@ def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _sharded_weights(models: list[Any]) -> dict[str, dict[str, Any]]:
     """By run of layers: a checkpoint's parts are merged by name, which lists of several lengths cannot be."""
     # Copies: Megatron notes this run's process groups in what it is handed.
-    return {str(run): model.sharded_state_dict(metadata=dict(_MODEL_METADATA)) for run, model in enumerate(models)}
+    sharded = {}
+    for run, model in enumerate(models):
+        with _current_run(run) if len(models) > 1 else contextlib.nullcontext():
+            sharded[str(run)] = model.sharded_state_dict(metadata=dict(_MODEL_METADATA))
+    return sharded
+
+
+@contextlib.contextmanager
+def _current_run(run: int) -> Iterator[None]:
+    """Tell parallel_state which run is meant: Megatron-core before 0.13 numbers the layers of each from there."""
+    before = parallel_state.get_virtual_pipeline_model_parallel_rank()
+    parallel_state.set_virtual_pipeline_model_parallel_rank(run)
+    try:
+        yield
+    finally:
+        parallel_state.set_virtual_pipeline_model_parallel_rank(before)
 
 
 def _load_optimizer(job: Job, state: State, folder: Path, step: int) -> None:
