@@ -35,6 +35,7 @@ from mindspeed_nsa.pretrain.agreement import agree_on_checkpoint
 from mindspeed_nsa.pretrain.job import Job
 
 _LATEST = "latest_checkpointed_iteration.txt"
+_REPLACED = ".replaced"
 # What may differ between a checkpoint and the job that loads it, because no weight's meaning depends on it.
 _FREE = {"seq_length", "max_position_embeddings", "init_method_std", "hidden_dropout", "backend", "strict"}
 # Layers may differ in kind, so each is stored under its own number.
@@ -100,9 +101,10 @@ def find(path: str) -> Path:
     folder = Path(path)
     with contextlib.suppress(OSError, ValueError):
         folder = _folder(folder, int((folder / _LATEST).read_text()))
-    if not _is_whole(folder):
-        raise ValueError(f"checkpoint.load: {path}: no checkpoint there (neither {_LATEST} nor a whole iter_ folder)")
-    return folder
+    for place in (folder, _replaced(folder)):
+        if _is_whole(place):
+            return place
+    raise ValueError(f"checkpoint.load: {path}: no checkpoint there (neither {_LATEST} nor a whole iter_ folder)")
 
 
 def check(job: Job) -> None:
@@ -186,29 +188,26 @@ def _write(root: Path, iteration: int, sharded: dict[str, Any], description: dic
 
 
 def _publish(unfinished: Path, root: Path, iteration: int) -> None:
-    """Give a finished checkpoint its place. Whenever it is killed, the latest that is named is a whole one."""
+    """Give a finished checkpoint its place. Whenever it is killed, `find` finds a whole one."""
     folder = _folder(root, iteration)
     if folder.exists():  # a run that went on from an earlier checkpoint comes here again
-        others = [other for other in root.glob("iter_*") if other.name < folder.name and _is_whole(other)]
-        if others:
-            _name_latest(root, max(others))
-        replaced = root / _unused_name(root, iteration)
-        os.replace(folder, replaced)
-        os.replace(unfinished, folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        os.replace(unfinished, folder)
-    _name_latest(root, folder)
-
-
-def _name_latest(root: Path, folder: Path) -> None:
-    written = root / f".{_LATEST}"
-    written.write_text(f"{int(folder.name.removeprefix('iter_'))}\n")
-    os.replace(written, root / _LATEST)
+        shutil.rmtree(_replaced(folder), ignore_errors=True)
+        os.replace(folder, _replaced(folder))
+    os.replace(unfinished, folder)
+    named = root / f".{_LATEST}"
+    named.write_text(f"{iteration}\n")
+    os.replace(named, root / _LATEST)
+    for left in root.glob(f"iter_*{_REPLACED}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _folder(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
+
+
+def _replaced(folder: Path) -> Path:
+    """Where a checkpoint lies while another takes its place."""
+    return folder.with_name(folder.name + _REPLACED)
 
 
 def _unused_name(root: Path, iteration: int) -> str:
