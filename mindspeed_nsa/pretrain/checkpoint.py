@@ -45,6 +45,8 @@ _ONE_FORMAT = "fully_reshardable" in getattr(DistributedOptimizer, "checkpoint_f
 # Names of Adam's own copy of a weight.
 _COPIES = ("optimizer.state.fp32_param", "optimizer.state.param")
 _COPY = re.compile(r"optimizer\.state\.(?:fp32_)?param\.(.+)")
+# Megatron-core before 0.16 numbers a rank's optimizers, of which split experts have their own.
+_CHAINED = re.compile(r"chained_\d+\.")
 
 
 @dataclass
@@ -89,7 +91,11 @@ class State:
             settings = {"metadata": {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}}
         elif job.parallel.use_distributed_optimizer:
             settings = {"sharding_type": "fully_sharded_model_space"}
-        return self.optimizer.sharded_state_dict(weights, is_loading=is_loading, **settings)
+        sharded = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, **settings)
+        for value in nested_values(sharded):
+            if isinstance(value, (ShardedTensor, ShardedTensorFactory)):
+                value.key = _CHAINED.sub("", value.key)
+        return sharded
 
 
 def find(path: str) -> Path:
