@@ -2,6 +2,7 @@
 
 import gc
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ MESSAGES = wire.watch()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import base as saving  # noqa: E402
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 
 from mindspeed_nsa import attention, selection, shared_groups  # noqa: E402
 from mindspeed_nsa.patches import megatron_core  # noqa: E402
@@ -28,6 +30,8 @@ def main(config: str, jobs: str) -> None:
     rank = int(os.environ["RANK"])
     # The ranks of each job find one another anew.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    # Megatron's helper for saving: started as it does it, it would import torch again.
+    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
     records = _record_ids()
     steps = _count_steps()
     for job in json.loads(Path(jobs).read_text()):

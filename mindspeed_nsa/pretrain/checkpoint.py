@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
@@ -35,6 +35,7 @@ from mindspeed_nsa.pretrain.agreement import agree_on_checkpoint
 from mindspeed_nsa.pretrain.job import Job
 
 _LATEST = "latest_checkpointed_iteration.txt"
+_REPLACED = ".replaced"
 # What may differ between a checkpoint and the job that loads it, because no weight's meaning depends on it.
 _FREE = {"seq_length", "max_position_embeddings", "init_method_std", "hidden_dropout", "backend", "strict"}
 # Layers may differ in kind, so each is stored under its own number.
@@ -44,6 +45,8 @@ _ONE_FORMAT = "fully_reshardable" in getattr(DistributedOptimizer, "checkpoint_f
 # Names of Adam's own copy of a weight.
 _COPIES = ("optimizer.state.fp32_param", "optimizer.state.param")
 _COPY = re.compile(r"optimizer\.state\.(?:fp32_)?param\.(.+)")
+# Megatron-core before 0.16 numbers a rank's optimizers, of which split experts have their own.
+_CHAINED = re.compile(r"chained_\d+\.")
 
 
 @dataclass
@@ -88,7 +91,11 @@ class State:
             settings = {"metadata": {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}}
         elif job.parallel.use_distributed_optimizer:
             settings = {"sharding_type": "fully_sharded_model_space"}
-        return self.optimizer.sharded_state_dict(weights, is_loading=is_loading, **settings)
+        sharded = self.optimizer.sharded_state_dict(weights, is_loading=is_loading, **settings)
+        for value in nested_values(sharded):
+            if isinstance(value, (ShardedTensor, ShardedTensorFactory)):
+                value.key = _CHAINED.sub("", value.key)
+        return sharded
 
 
 def find(path: str) -> Path:
@@ -100,9 +107,10 @@ def find(path: str) -> Path:
     folder = Path(path)
     with contextlib.suppress(OSError, ValueError):
         folder = _folder(folder, int((folder / _LATEST).read_text()))
-    if not _is_whole(folder):
-        raise ValueError(f"checkpoint.load: {path}: no checkpoint there (neither {_LATEST} nor a whole iter_ folder)")
-    return folder
+    for place in (folder, _replaced(folder)):
+        if _is_whole(place):
+            return place
+    raise ValueError(f"checkpoint.load: {path}: no checkpoint there (neither {_LATEST} nor a whole iter_ folder)")
 
 
 def check(job: Job) -> None:
@@ -186,29 +194,26 @@ def _write(root: Path, iteration: int, sharded: dict[str, Any], description: dic
 
 
 def _publish(unfinished: Path, root: Path, iteration: int) -> None:
-    """Give a finished checkpoint its place. Whenever it is killed, the latest that is named is a whole one."""
+    """Give a finished checkpoint its place. Whenever it is killed, `find` finds a whole one."""
     folder = _folder(root, iteration)
     if folder.exists():  # a run that went on from an earlier checkpoint comes here again
-        others = [other for other in root.glob("iter_*") if other.name < folder.name and _is_whole(other)]
-        if others:
-            _name_latest(root, max(others))
-        replaced = root / _unused_name(root, iteration)
-        os.replace(folder, replaced)
-        os.replace(unfinished, folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        os.replace(unfinished, folder)
-    _name_latest(root, folder)
-
-
-def _name_latest(root: Path, folder: Path) -> None:
-    written = root / f".{_LATEST}"
-    written.write_text(f"{int(folder.name.removeprefix('iter_'))}\n")
-    os.replace(written, root / _LATEST)
+        shutil.rmtree(_replaced(folder), ignore_errors=True)
+        os.replace(folder, _replaced(folder))
+    os.replace(unfinished, folder)
+    named = root / f".{_LATEST}"
+    named.write_text(f"{iteration}\n")
+    os.replace(named, root / _LATEST)
+    for left in root.glob(f"iter_*{_REPLACED}"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _folder(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
+
+
+def _replaced(folder: Path) -> Path:
+    """Where a checkpoint lies while another takes its place."""
+    return folder.with_name(folder.name + _REPLACED)
 
 
 def _unused_name(root: Path, iteration: int) -> str:
@@ -287,7 +292,22 @@ def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _sharded_weights(models: list[Any]) -> dict[str, dict[str, Any]]:
     """By run of layers: a checkpoint's parts are merged by name, which lists of several lengths cannot be."""
     # Copies: Megatron notes this run's process groups in what it is handed.
-    return {str(run): model.sharded_state_dict(metadata=dict(_MODEL_METADATA)) for run, model in enumerate(models)}
+    sharded = {}
+    for run, model in enumerate(models):
+        with _current_run(run) if len(models) > 1 else contextlib.nullcontext():
+            sharded[str(run)] = model.sharded_state_dict(metadata=dict(_MODEL_METADATA))
+    return sharded
+
+
+@contextlib.contextmanager
+def _current_run(run: int) -> Iterator[None]:
+    """Tell parallel_state which run is meant: Megatron-core before 0.13 numbers the layers of each from there."""
+    before = parallel_state.get_virtual_pipeline_model_parallel_rank()
+    parallel_state.set_virtual_pipeline_model_parallel_rank(run)
+    try:
+        yield
+    finally:
+        parallel_state.set_virtual_pipeline_model_parallel_rank(before)
 
 
 def _load_optimizer(job: Job, state: State, folder: Path, step: int) -> None:

@@ -60,6 +60,29 @@ def test_another_layout_goes_on_with_the_same_losses(run_job, saved):
         assert resumed.values("loss") == pytest.approx(whole.values("loss")[2:], abs=5e-5)
 
 
+ONE, STAGES = (0,), (2, "parallel.pipeline_model_parallel_size=2")
+INTERLEAVED = (*STAGES, "parallel.num_layers_per_virtual_pipeline_stage=1")
+SPLIT_EXPERTS = (2, "parallel.expert_model_parallel_size=2")
+
+
+@pytest.mark.parametrize(
+    ("model", "saving", "loading"),
+    [
+        ("model.num_layers=4", INTERLEAVED, INTERLEAVED),
+        ("model.num_layers=4", INTERLEAVED, ONE),
+        ("model.num_layers=4", STAGES, INTERLEAVED),
+        ("model.num_experts=4", SPLIT_EXPERTS, ONE),
+        ("model.num_experts=4", ONE, SPLIT_EXPERTS),
+    ],
+)
+def test_interleaved_stages_and_split_experts_save_and_load_what_others_do(run_job, tmp_path, model, saving, loading):
+    ranks, *layout = saving
+    whole = run_job(model, *layout, f"checkpoint.save={tmp_path}", "checkpoint.save_interval=2", ranks=ranks)
+    ranks, *layout = loading
+    resumed = run_job(model, *layout, f"checkpoint.load={tmp_path / 'iter_0000002'}", ranks=ranks)
+    assert resumed.values("loss") == pytest.approx(whole.values("loss")[2:], abs=5e-5)
+
+
 def test_rows_of_iterations_that_are_done_again_are_replaced(run_job, saved, tmp_path):
     whole, folder = saved
     rows = "".join(f'{{"iteration": {number}, "loss": -1.0}}\n' for number in (1, 2, 3)) + '{"iteration": 4, "lo'

@@ -1,7 +1,7 @@
 """Whatever a SIGKILL leaves of a save, the last whole checkpoint is found, and the run that goes on from it is the same run."""
 
+import itertools
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -26,53 +26,63 @@ class Killed(BaseException):
     pass
 
 
-@pytest.fixture
-def killed_after(monkeypatch):
-    """Let so many calls of those that change files through, and no more."""
+def publish(root, calls=-1):
+    """Put a new checkpoint of iteration 4 in its place, killed after so many changes of files: whether it was."""
+    left = [calls]  # below 0: never
 
-    def install(count):
-        left = [count]
+    def limited(function):
+        def call(*args, **kwargs):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return function(*args, **kwargs)
 
-        def limited(function):
-            def call(*args, **kwargs):
-                if not left[0]:
-                    raise Killed
-                left[0] -= 1
-                return function(*args, **kwargs)
+        return call
 
-            return call
-
-        for module, name in ((os, "replace"), (os, "rename"), (os, "unlink"), (os, "rmdir"), (shutil, "rmtree")):
-            monkeypatch.setattr(module, name, limited(getattr(module, name)))
-        monkeypatch.setattr(Path, "write_text", limited(Path.write_text))
-
-    return install
+    unfinished = whole(root / ".iter_0000004.new", "new")
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((os, "replace"), (os, "rename"), (os, "unlink"), (os, "rmdir"), (Path, "write_text")):
+            patch.setattr(module, name, limited(getattr(module, name)))
+        try:
+            checkpoint._publish(unfinished, root, 4)
+        except Killed:
+            return True
+    return False
 
 
 def whole(folder, text):
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     for name in ("metadata.json", "job.json"):
         (folder / name).write_text(text)
     return folder
 
 
-@pytest.mark.parametrize("is_there", [False, True], ids=["new", "again"])
-@pytest.mark.parametrize("calls", range(11))
-def test_a_checkpoint_takes_its_place_whole_or_not_at_all(tmp_path, monkeypatch, killed_after, calls, is_there):
-    """Killed between any two changes of the file system, when the run comes to an iteration for the first time or again."""
-    whole(tmp_path / "iter_0000002", "old")
-    if is_there:
-        whole(tmp_path / "iter_0000004", "old")
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4" if is_there else "2")
-    unfinished = whole(tmp_path / ".iter_0000004.new", "new")
-    killed_after(calls)
-    try:
-        checkpoint._publish(unfinished, tmp_path, 4)
-        is_killed = False
-    except Killed:
-        is_killed = True
-    monkeypatch.undo()
-    found = checkpoint.find(str(tmp_path))
-    allowed = [("iter_0000002", "old"), ("iter_0000004", "new"), *[("iter_0000004", "old")] * is_there]
-    assert (found.name, (found / "job.json").read_text()) in allowed
-    assert is_killed or found.name == "iter_0000004"
+def found(root):
+    return (checkpoint.find(str(root)) / "job.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        ["iter_0000002"],
+        ["iter_0000002", "iter_0000004"],
+        ["iter_0000004"],
+        ["iter_0000004.replaced"],  # as a run leaves it that was killed between two changes
+        ["iter_0000004.replaced", "iter_0000004"],
+    ],
+)
+def test_a_checkpoint_takes_its_place_whole_or_not_at_all(tmp_path, there):
+    """Killed between any two changes of files, a run leaves the checkpoint that was found before it, or its own."""
+    for calls in itertools.count():
+        root = tmp_path / str(calls)
+        for name in there:
+            whole(root / name, name)
+        (root / "latest_checkpointed_iteration.txt").write_text(there[-1].removeprefix("iter_").removesuffix(".replaced"))
+        assert found(root) == there[-1]
+        is_killed = publish(root, calls)
+        assert found(root) in ({there[-1], "new"} if is_killed else {"new"})
+        publish(root)
+        assert found(root) == "new" and not list(root.glob("*.replaced"))
+        if not is_killed:
+            break
+    assert calls >= 3
