@@ -173,7 +173,7 @@ def lucidrains(inputs: Inputs) -> Built:
         use_triton_kernel=False,
     ).to(inputs.query.dtype)
     tokens = torch.randn(1, inputs.query.shape[0], 512).to(inputs.query.dtype).requires_grad_()
-    return lambda: layer(tokens), [tokens, *layer.parameters()]
+    return lambda: layer(tokens), [tokens, *(x for x in layer.parameters() if x.requires_grad)]
 
 
 class Contender(NamedTuple):
