@@ -1,11 +1,9 @@
 """One rank of runs whose losses and chosen blocks are compared over layouts: started by `layouts.run`, under torchrun."""
 
-import gc
 import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import wire
 MESSAGES = wire.watch()
 
 from megatron.core import parallel_state  # noqa: E402
-from megatron.core.dist_checkpointing.strategies import base as saving  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 
 from mindspeed_nsa import attention, selection, shared_groups  # noqa: E402
@@ -27,29 +24,29 @@ from mindspeed_nsa.pretrain.trainer import Trainer, run  # noqa: E402
 
 
 def main(config: str, jobs: str) -> None:
-    rank = int(os.environ["RANK"])
+    """Run the jobs that this rank has a part in, each in a process of its own: what one leaves behind meets no other."""
+    fork = multiprocessing.get_context("fork")
+    for job in json.loads(Path(jobs).read_text()):
+        if int(os.environ["RANK"]) < job["ranks"]:
+            process = fork.Process(target=_run, args=(config, job))
+            process.start()
+            process.join()
+            if process.exitcode:
+                sys.exit(f"{job['folder']}: exit code {process.exitcode}")
+
+
+def _run(config: str, job: dict[str, Any]) -> None:
+    rank = os.environ["RANK"]
     # The ranks of each job find one another anew.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    os.environ |= {"WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
     # Megatron's helper for saving: started as it does it, it would import torch again.
     filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
-    records = _record_ids()
-    steps = _count_steps()
-    for job in json.loads(Path(jobs).read_text()):
-        if rank >= job["ranks"]:
-            continue
-        os.environ |= {"WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(job["port"])}
-        records.clear()
-        steps.clear()
-        megatron_core._group_of.cache_clear()
-        # Megatron-core 0.12 forgets these neither when groups are destroyed nor when they are made anew without this rank.
-        parallel_state._EMBEDDING_GLOBAL_RANKS = parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
-        saving.async_calls = type(saving.async_calls)()  # it counts saves, of which ranks have done different numbers
-        undo = _SPOIL[job["spoiled"]]()
-        run(Job.from_file(config, job["overrides"]))
-        undo()
-        torch.save(records, Path(job["folder"]) / f"rank{rank}.pt")
-        wire.write(steps[0], Path(job["folder"]) / f"wire{rank}.json")
-        gc.collect()  # what still holds the groups that were destroyed, whose threads wake a hundred times a second
+    records, steps = _record_ids(), _count_steps()
+    _SPOIL[job["spoiled"]]()
+    run(Job.from_file(config, job["overrides"]))
+    torch.save(records, Path(job["folder"]) / f"rank{rank}.pt")
+    wire.write(steps[0], Path(job["folder"]) / f"wire{rank}.json")
 
 
 def _record_ids() -> list[dict[str, Any]]:
@@ -106,11 +103,7 @@ def _count_steps() -> list[wire.Counter[wire.Message]]:
     return steps
 
 
-def _spoil_nothing() -> Callable[[], None]:
-    return lambda: None
-
-
-def _spoil_scale() -> Callable[[], None]:
+def _spoil_scale() -> None:
     init = attention.NativeSparseAttention.__init__
 
     def wrong(self, *args, **kwargs):
@@ -118,16 +111,14 @@ def _spoil_scale() -> Callable[[], None]:
         self.scale *= 1.05
 
     attention.NativeSparseAttention.__init__ = wrong
-    return lambda: setattr(attention.NativeSparseAttention, "__init__", init)
 
 
-def _spoil_heads() -> Callable[[], None]:
+def _spoil_heads() -> None:
     forward = attention.NativeSparseAttention.forward
     attention.NativeSparseAttention.forward = lambda self, query, *rest: forward(self, query.roll(1, dims=1), *rest)
-    return lambda: setattr(attention.NativeSparseAttention, "forward", forward)
 
 
-def _spoil_scores() -> Callable[[], None]:
+def _spoil_scores() -> None:
     """Ranks that share a group do not sum their scores."""
     choose_together, all_reduce = shared_groups.choose_together, torch.distributed.all_reduce
 
@@ -139,10 +130,9 @@ def _spoil_scores() -> Callable[[], None]:
             torch.distributed.all_reduce = all_reduce
 
     shared_groups.choose_together = wrong
-    return lambda: setattr(shared_groups, "choose_together", choose_together)
 
 
-_SPOIL = {"nothing": _spoil_nothing, "scale": _spoil_scale, "heads": _spoil_heads, "scores": _spoil_scores}
+_SPOIL = {"nothing": lambda: None, "scale": _spoil_scale, "heads": _spoil_heads, "scores": _spoil_scores}
 
 
 if __name__ == "__main__":
