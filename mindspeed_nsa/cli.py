@@ -113,9 +113,9 @@ def bench(
         raise ValueError(f"bench: dtype is {dtype!r}; allowed: {', '.join(types)}")
     backends.load("cpu", "cpu")
     lengths = sorted(length or [1024 << i for i in range(7)])
-    result = runner.run(lengths, threads or [1, 2], types[dtype], budget, lambda text: print(text, file=sys.stderr))
-    for path in report.write(result, output):
-        print(path)
+    for result in runner.run(lengths, threads or [1, 2], types[dtype], budget, lambda text: print(text, file=sys.stderr)):
+        files = report.write(result, output)
+    print(*files, sep="\n")
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import datetime
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,8 +51,8 @@ class Result(NamedTuple):
 
 def run(
     lengths: Sequence[int], threads: Sequence[int], dtype: torch.dtype, budget: float, say: Callable[[str], None]
-) -> Result:
-    """Measure.
+) -> Iterator[Result]:
+    """Measure, and tell what is known each time that a length is done: a run that is ended early was not for nothing.
 
     Args:
         lengths: tokens of the one causal sample, rising.
@@ -67,11 +67,11 @@ def run(
     """
     keep_freed_memory()  # as the trainer does, for all contenders
     before = torch.get_num_threads()
+    found: dict[int, Ceilings] = {}
+    rows: list[Row] = []
     try:
         torch.set_num_threads(max(threads))
         check(dtype)
-        found: dict[int, Ceilings] = {}
-        rows: list[Row] = []
         for number in threads:
             torch.set_num_threads(number)
             found[number] = ceilings(dtype, number)
@@ -79,9 +79,9 @@ def run(
             for tokens in lengths:
                 say(f"{tokens:,} tokens, {number} thread{'s' * (number > 1)}")
                 rows += _at_length(tokens, number, dtype, budget, last)
+                yield Result(_machine(), str(dtype).removeprefix("torch."), budget, found, why_not(), rows)
     finally:
         torch.set_num_threads(before)
-    return Result(_machine(), str(dtype).removeprefix("torch."), budget, found, why_not(), rows)
 
 
 def _at_length(tokens: int, threads: int, dtype: torch.dtype, budget: float, last: dict[tuple[str, str], Row]) -> list[Row]:

@@ -1,13 +1,14 @@
 """What the benchmark writes, from figures made by hand, and one small run of it."""
 
 import json
+import weakref
 
 import pytest
 import torch
 
 pytest.importorskip("mindspeed_nsa.ops.cpu", reason="the native kernels are not built", exc_type=ImportError)
 from mindspeed_nsa.bench import report, runner
-from mindspeed_nsa.bench.measure import Ceilings, Spread, peak_bytes
+from mindspeed_nsa.bench.measure import Ceilings, Clock, Spread, peak_bytes
 from mindspeed_nsa.bench.runner import Result, Row, _carry
 
 MACHINE = {"date": "2026-01-02", "processor": "2 x Some CPU", "instruction set": "avx2", "torch": "2.7.1"}
@@ -68,12 +69,26 @@ def test_peak_bytes():
     assert 0.98 * 2**25 < peak_bytes(lambda: torch.ones(1 << 23)) < 1.2 * 2**25
 
 
+def test_a_clock_keeps_no_result():
+    results = []
+
+    def run():
+        result = torch.ones(1)
+        results.append(weakref.ref(result))
+        return result
+
+    clock = Clock(run)
+    assert clock.wall > 0 and results[0]() is None
+
+
 def test_a_run(monkeypatch, tmp_path):
     """Of two contenders: the ratio in the table is that of the figures in the file."""
     both = [x for x in runner.contenders() if x.name in (report.NSA, report.FLASH)]
     monkeypatch.setattr(runner, "contenders", lambda: both)
     monkeypatch.setattr(runner, "check", lambda dtype: None)  # minutes of compiling
-    report.write(runner.run([1024, 2048], [1], torch.bfloat16, 5.0, print), tmp_path)
+    for number, result in enumerate(runner.run([1024, 2048], [1], torch.bfloat16, 5.0, print), start=1):
+        report.write(result, tmp_path)
+        assert {x.tokens for x in result.rows} == set([1024, 2048][:number])
     data = json.loads((tmp_path / "bench.json").read_text())
     medians = {(x["contender"], x["direction"], x["tokens"]): x["cpu"]["median"] for x in data["rows"]}
     for direction in ("forward", "backward"):
