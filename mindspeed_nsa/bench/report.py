@@ -4,6 +4,7 @@ The dotted lines in the picture bound what a kernel could reach: all its multipl
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -102,38 +103,45 @@ def _draw(result: Result, threads: int, path: Path) -> Path:
     from matplotlib import pyplot
 
     clock = "cpu" if threads == 1 else "wall"
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.5), sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 6.5), sharey=True)
+    colors = _colors([row.contender for row in result.rows])
     for axis, direction in zip(axes, PASSES, strict=True):
         rows = [row for row in result.rows if (row.threads, row.direction) == (threads, direction)]
         for name in dict.fromkeys(row.contender for row in rows):
-            _line(axis, [row for row in rows if row.contender == name], clock)
+            _line(axis, [row for row in rows if row.contender == name], clock, colors[name])
         lengths = sorted({row.tokens for row in rows})
-        for name, color in ((NSA, "C0"), (FLASH, "C3")):
+        for name in (NSA, FLASH):
             bound = [1e3 * operations(name, direction, t) / result.ceilings[threads].matrix for t in lengths]
-            axis.plot(lengths, bound, ":", color=color, label=f"{name}: multiplications at the peak")
+            axis.plot(lengths, bound, ":", color=colors[name], label=f"{name}: multiplications at the peak")
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{direction}, {result.dtype}")
         axis.set_xticks(lengths, [f"{t // 1024}k" if t % 1024 == 0 else str(t) for t in lengths])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"{'CPU time' if clock == 'cpu' else 'time'}, milliseconds")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=8)
     machine = result.machine
     figure.suptitle(
         f"{machine['processor']}, {machine['instruction set']}, {threads} thread{'s' * (threads > 1)}, {machine['date']}"
     )
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path
 
 
-def _line(axis: Any, rows: list[Row], clock: str) -> None:
+def _colors(names: Iterable[str]) -> dict[str, str]:
+    """A color for each name, the same in every panel."""
+    fixed = {NSA: "C0", FLASH: "C3"}
+    others = [name for name in dict.fromkeys(names) if name not in fixed]
+    return fixed | dict(zip(others, ("C1", "C2", "C4", "C5", "C6", "C7", "C8", "C9"), strict=False))
+
+
+def _line(axis: Any, rows: list[Row], clock: str, color: str) -> None:
     """Measured values joined; carried ones hollow."""
-    colors = {NSA: "C0", FLASH: "C3"}
-    name, thick = rows[0].contender, rows[0].contender in colors
+    name = rows[0].contender
     values = [getattr(row, clock).median for row in rows]
     tokens = [row.tokens for row in rows]
-    (line,) = axis.plot(tokens, values, "-", linewidth=2.5 if thick else 1, color=colors.get(name), label=name)
+    axis.plot(tokens, values, "-", linewidth=2.5 if name in (NSA, FLASH) else 1, color=color, label=name)
     for row, value in zip(rows, values, strict=True):
         carried = row.measured_at < row.tokens
-        axis.plot(row.tokens, value, "o", color=line.get_color(), markerfacecolor="white" if carried else None, markersize=4)
+        axis.plot(row.tokens, value, "o", color=color, markerfacecolor="white" if carried else None, markersize=4)
