@@ -14,4 +14,4 @@ def keep_freed_memory() -> None:
     adjust = getattr(ctypes.CDLL(None), "mallopt", None)
     if adjust is not None:
         adjust(_MMAP_MAX, 0)  # from the heap, not from mappings of their own
-        adjust(_TRIM_THRESHOLD, 2**31 - 1)
+        adjust(_TRIM_THRESHOLD, -1)  # never, however much it is
