@@ -59,7 +59,7 @@ def run(
         threads: numbers of threads, each measured in turn.
         dtype: of all tensors.
         budget: seconds; another's call that would take longer is carried from a shorter sample, and a call is not repeated
-            once all its rounds together have taken this long.
+            once all its rounds together have taken this long. Ours are called twice at least: the first does not count.
         say: is told what goes on.
 
     Raises:

@@ -48,7 +48,7 @@ class Chooser {
         std::fill(winners_ + groups, winners_ + all, kOut);
         for (int64_t i = 0; i < at_.select_block_count; i++) {
             float best = highest(winners_, all);
-            if (best == kOut) { // fewer blocks than asked for
+            if (best == kOut) { // fewer blocks than asked for, or scores that are no numbers
                 ids[i] = int32_t(i);
                 continue;
             }
