@@ -37,12 +37,13 @@ def main() -> int:
 
         run(job)
     except ValueError as error:
-        # torchrun stops all ranks when the first one ends. Where all have the same to say, the first of a node says it.
+        # torchrun stops all ranks when the first one ends. Where all have the same to say, the first of a node says it,
+        # for which a busy machine may need some seconds.
         rank = os.environ.get("RANK", "0")
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(5)
+            time.sleep(20)
             print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
