@@ -13,13 +13,14 @@ struct Importance {
         for (int64_t j = 0; j < reach; j++) overlap.push_back(float(std::min({j + 1, per_window, reach - j})));
     }
     int64_t reach() const { return int64_t(overlap.size()); }
+    // Blocks, from the first on, that windows before `end` are of.
+    int64_t blocks(int64_t end) const { return (end - 1 + before) / per_block + 1; }
 
-    // Adds a tile of weights [keys, lanes] to the scores [blocks, lanes] of its lanes.
+    // Adds a tile of weights [keys, lanes] to the scores of its lanes, up to so many blocks: [blocks, lanes].
     void add(const float *weights, int64_t start, int64_t rows, int64_t blocks, float *scores) const {
         int64_t first = std::max<int64_t>(ceil_div(start + before - reach() + 1, per_block), 0);
         if (start + before - reach() + 1 < 0) first = 0;
-        int64_t last = std::min(blocks, (start + rows - 1 + before) / per_block + 1);
-        for (int64_t s = first; s < last; s++) {
+        for (int64_t s = first; s < blocks; s++) {
             int64_t window = s * per_block - before - start; // of overlap[0], in the tile
             int64_t j0 = std::max<int64_t>(-window, 0), j1 = std::min(reach(), rows - window);
             for (int lane = 0; lane < kLanes; lane += kWidth) {
@@ -68,29 +69,31 @@ class Chooser {
     Buffer<float> winners_;
 };
 
-// What a chunk's queries find important.
+// What a chunk's queries find important, as far as they have seen.
 class Scores {
   public:
     Scores(const NsaCompressed &at, int64_t tiles, int64_t blocks)
-        : importance_(at), most_(round_up(blocks, kLanes)), by_lane_(tiles * most_ * kLanes), row_(kLanes * most_) {}
+        : importance_(at), most_(round_up(blocks, kLanes)), seen_(tiles), by_lane_(tiles * most_ * kLanes), row_(most_) {}
 
-    void begin(int64_t tiles, int64_t blocks) {
+    void begin(int64_t blocks) {
         blocks_ = blocks;
-        memset(by_lane_, 0, tiles * most_ * kLanes * sizeof(float));
+        std::fill(seen_.begin(), seen_.end(), 0);
     }
-    void add(int64_t tile, const float *weights, const float *factor, int64_t start, int64_t rows) {
+    void add(int64_t tile, const float *weights, const float *factor, const Span &keys) {
         float *scores = by_lane_ + tile * most_ * kLanes;
-        int64_t known = start ? std::min(blocks_, (start + importance_.before) / importance_.per_block + 1) : 0;
-        for (int64_t i = 0; factor && i < known * kLanes; i += kWidth)
+        int64_t blocks = std::min(importance_.blocks(keys.start + keys.rows), blocks_);
+        for (int64_t i = 0; factor && i < seen_[tile] * kLanes; i += kWidth)
             store(scores + i, load(scores + i) * load(factor + i % kLanes));
-        importance_.add(weights, start, rows, blocks_, scores);
+        for (; seen_[tile] < blocks; seen_[tile] += kLanes)
+            memset(scores + seen_[tile] * kLanes, 0, kLanes * kLanes * sizeof(float));
+        importance_.add(weights, keys.start, keys.rows, blocks, scores);
     }
     // Scores of a query, summed over its heads: those in lanes `first` to `last` of a tile, times their `inverse` sums.
     void sum(int64_t tile, const LaneTile &lanes, int64_t first, int64_t last, bool fresh, float *scores) {
         const float *from = by_lane_ + tile * most_ * kLanes;
         alignas(64) float inverse[kLanes] = {};
         for (int64_t lane = first; lane < last; lane++) inverse[lane] = lanes.total[lane] > 0 ? 1 / lanes.total[lane] : 0;
-        for (int64_t s = 0; s < blocks_; s += kLanes) {
+        for (int64_t s = 0; s < seen_[tile]; s += kLanes) {
             vf part[kLanes];
             for (int64_t i = 0; i < kLanes; i++) {
                 part[i] = vf{};
@@ -101,12 +104,14 @@ class Scores {
             for (int64_t i = 0; i < kLanes; i += kWidth)
                 store(scores + s + i, fresh ? load(total + i) : load(scores + s + i) + load(total + i));
         }
+        if (fresh) std::fill(scores + seen_[tile], scores + most_, 0.f);
     }
     float *row() { return row_; }
 
   private:
     Importance importance_;
     int64_t most_, blocks_ = 0;
+    std::vector<int64_t> seen_; // blocks of a tile of lanes, in whole vectors
     Buffer<float> by_lane_, row_;
 };
 
@@ -192,14 +197,14 @@ void compressed_pass(const Problem &problem, const CompressedPass &pass, const N
             int64_t early = pass.at.select_block_size * pass.at.select_block_count;
             bool score = pass.scores || (scored && sample.position(chunk.stop - 1) >= early);
             forward.begin(chunk, lanes, query, [&](int64_t token) { return sight.of(sample, sample.position(token)); }, never);
-            if (score) scores.begin(count, pass.blocks(b));
+            if (score) scores.begin(pass.blocks(b));
             auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
             pair_up<kTiles>(sample, tiles, sight, tile, count, [&](int64_t k, const int64_t *some, int n) {
                 const typename E::In *v = pass.attention ? values.at(kPanels, first + k, chunk.head) : nullptr;
                 KeyTile<E> keys_of{keys.at(kColumns, first + k, chunk.head), v, tiles.span(k, sample.keys)};
                 if (!score) return forward.attend(keys_of, some, n);
-                forward.template attend<true>(keys_of, some, n, [&](int64_t i, const float *weights, const float *factor) {
-                    scores.add(i, weights, factor, keys_of.span.start, keys_of.span.rows);
+                forward.template attend<true>(keys_of, some, n, [&](int64_t i, const float *weights, const float *factor, const Span &seen) {
+                    scores.add(i, weights, factor, seen);
                 });
             });
             choose_blocks(problem, pass, chunk, lanes, forward, scores, chooser);

@@ -8,6 +8,24 @@ constexpr int64_t kPanel = kKeys * kLanes; // logits of a tile of lanes and a ti
 template <class E> struct KeyTile {
     const typename E::In *key, *value; // as columns, as panels
     Span span;
+    int64_t value_rows; // of a panel
+
+    KeyTile(const typename E::In *key, const typename E::In *value, const Span &span)
+        : key(key), value(value), span(span), value_rows(span.rows) {}
+
+    // Leaves only what some of the tiles of lanes see, in steps of the depth of a product.
+    void trim(const LaneTile *all, const int64_t *tiles, int n, int64_t qk_pad) {
+        int64_t first = span.start + span.rows, last = span.start;
+        for (int i = 0; i < n; i++) {
+            first = std::min<int64_t>(first, all[tiles[i]].lowest_first);
+            last = std::max<int64_t>(last, all[tiles[i]].highest_last);
+        }
+        int64_t skip = std::max<int64_t>(first - span.start, 0) / kDepth * kDepth;
+        int64_t rows = std::min(round_up(std::max<int64_t>(last - span.start, 0), kDepth), span.rows) - skip;
+        key += skip * qk_pad;
+        if (value) value += skip * kLanes;
+        span = {span.start + skip, std::max<int64_t>(std::min(span.count - skip, rows), 0), std::max<int64_t>(rows, 0)};
+    }
 };
 
 // Which keys from the i-th of a tile on a lane sees.
@@ -128,12 +146,14 @@ template <class E> class Forward {
     // Let `n` tiles of lanes attend to a key tile. `observe(tile, weights, factor)` sees each tile's weights [keys, lanes], and
     // the factors of what was before, or nullptr.
     template <bool observed, class Observe>
-    void attend(const KeyTile<E> &keys, const int64_t *tiles, int n, const Observe &observe) {
+    void attend(KeyTile<E> keys, const int64_t *tiles, int n, const Observe &observe) {
+        keys.trim(tile_, tiles, n, problem_.qk_pad);
         int64_t rows = keys.span.rows, panels = problem_.v_pad / kLanes;
+        if (rows == 0) return;
         for (int i = 0; i < n; i += 2) { // two at a time, so that their logits stay in the first cache
             LeftRows<E> first = query_[tiles[i]], second = i + 1 < n ? query_[tiles[i + 1]] : LeftRows<E>{};
             E::template multiply<false>({{first.data, second.data}, {first.stride, second.stride}, problem_.qk_pad, keys.key,
-                                         rows / kLanes, {logits_, logits_ + kPanel}});
+                                         rows / kLanes, problem_.qk_pad * kLanes, {logits_, logits_ + kPanel}});
             for (int j = i; j < std::min(i + 2, n); j++)
                 weigh_tile<observed>(keys.span, tiles[j], logits_ + (j - i) * kPanel, weights_ + j * kPanel, observe);
         }
@@ -141,12 +161,12 @@ template <class E> class Forward {
             int last = std::min(i + 1, n - 1);
             const In *weights = weights_ + i * kPanel;
             Times<In> values{{weights, last > i ? weights + kPanel : nullptr}, {rows, rows}, rows, keys.value, panels,
-                             {out(tiles[i]), out(tiles[last])}};
+                             keys.value_rows * kLanes, {out(tiles[i]), out(tiles[last])}};
             sum(tile_[tiles[i]], tile_[tiles[last]], values);
         }
     }
     void attend(const KeyTile<E> &keys, const int64_t *tiles, int n) {
-        attend<false>(keys, tiles, n, [](int64_t, const float *, const float *) {});
+        attend<false>(keys, tiles, n, [](int64_t, const float *, const float *, const Span &) {});
     }
 
     // Write a chunk's rows.
@@ -201,7 +221,7 @@ template <class E> class Forward {
         run(logits, keys, problem_.slope, tile, weights);
         if (!observed) return;
         for (int64_t k = 0; k < keys.rows; k += kLanes) transpose_panel(logits + k * kLanes, by_lanes_ + k * kLanes, kLanes);
-        observe(i, by_lanes_, raised ? factor : nullptr);
+        observe(i, by_lanes_, raised ? factor : nullptr, keys);
     }
 
     // Sums of a tile: panels of dims [lanes, 16].

@@ -258,10 +258,10 @@ template <class In> struct Times {
     const In *a[2]; // the second or nullptr
     int64_t stride[2], k;
     const In *b;
-    int64_t panels; // even
+    int64_t panels, panel_size; // even; elements from one to the next
     float *c[2];
 
-    const In *panel(int64_t j) const { return b + j * k * kLanes; }
+    const In *panel(int64_t j) const { return b + j * panel_size; }
     float *result(int i, int64_t j) const { return c[i] + j * kLanes * kLanes; }
 };
 
