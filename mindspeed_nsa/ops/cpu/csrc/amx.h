@@ -54,22 +54,22 @@ struct Amx {
     static void put_row(In *row, int, vf x, vf y) { _mm512_store_si512(row, (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x)); }
 
     template <int panels, bool accumulate>
-    static void multiply(const In *a, int64_t m, int64_t k, const In *const *b, float *const *c) {
+    static void multiply(const In *a, int64_t stride, int64_t m, int64_t k, const In *const *b, float *const *c) {
         __asm__ volatile("" ::: "memory"); // the tile loads read what was stored before
         int64_t i = 0, tile = kLanes * kLanes;
         if (panels == 2)
             for (; i + 32 <= m; i += 32)
-                block<2, accumulate>({{a + i * k, a + (i + 16) * k}, {k, k}, {b[0], b[1]},
+                block<2, accumulate>({{a + i * stride, a + (i + 16) * stride}, {stride, stride}, {b[0], b[1]},
                                       {c[0] + i * 16, c[1] + i * 16, c[0] + i * 16 + tile, c[1] + i * 16 + tile}}, k);
         for (int j = 0; j < panels; j++) {
             int64_t row = i;
             for (; row + 64 <= m; row += 64) {
-                const In *from = a + row * k;
+                const In *from = a + row * stride;
                 float *to = c[j] + row * kLanes;
-                block<4, accumulate>({{from, from + 16 * k, from + 32 * k, from + 48 * k}, {k}, {b[j]},
+                block<4, accumulate>({{from, from + 16 * stride, from + 32 * stride, from + 48 * stride}, {stride}, {b[j]},
                                       {to, to + tile, to + 2 * tile, to + 3 * tile}}, k);
             }
-            for (; row < m; row += 16) single<accumulate>(a + row * k, k, k, b[j], c[j] + row * kLanes);
+            for (; row < m; row += 16) single<accumulate>(a + row * stride, stride, k, b[j], c[j] + row * kLanes);
         }
     }
     template <bool accumulate> static void multiply(const Times<In> &x) {

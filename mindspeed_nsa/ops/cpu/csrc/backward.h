@@ -176,36 +176,39 @@ template <class E> class Backward {
     template <bool to_query, bool to_keys, class GradQuery, class Ahead>
     void add(const BackwardTile<E> &keys, QuerySide<E> &side, const int64_t *tiles, int n, const GradQuery &grad_query,
              float *grad_key, float *grad_value, const Ahead &ahead) {
-        int64_t qk = problem_.qk_pad, v = problem_.v_pad, rows = keys.span.rows, group = tiles[0];
+        Span part = LaneTile::seen(keys.span, tiles, n, [&](int64_t i) -> const LaneTile & { return side.tile(i); });
+        int64_t qk = problem_.qk_pad, v = problem_.v_pad, rows = part.rows, group = tiles[0];
+        int64_t all = keys.span.rows, skip = part.start - keys.span.start;
         auto panel = [](auto *of) { return [of](int64_t j) { return of + j * kPanel; }; };
         for (int i = 0; i < n; i += 2) { // two at a time, so that their logits stay in the first cache
             int some = std::min(2, n - i);
-            multiply<E, false>(keys.key, rows, qk, some, [&](int64_t j) { return side.query_t(tiles[i + j]); }, panel(&logits_[0]));
+            multiply<E, false>(keys.key + skip * qk, qk, rows, qk, some, [&](int64_t j) { return side.query_t(tiles[i + j]); }, panel(&logits_[0]));
             ahead(i);
-            multiply<E, false>(keys.value, rows, v, some, [&](int64_t j) { return side.grad_t(tiles[i + j]); }, panel(&grads_[0]));
+            multiply<E, false>(keys.value + skip * v, v, rows, v, some, [&](int64_t j) { return side.grad_t(tiles[i + j]); }, panel(&grads_[0]));
             ahead(i + 1);
-            differentiate_pair<to_query, to_keys>(keys, side, tiles, i, i + some - 1);
+            differentiate_pair<to_query, to_keys>(part, side, tiles, i, i + some - 1);
         }
-        if (to_query) multiply<E, true>(keys.key_t, qk, rows, n, panel(&panels_[0]), [&](int64_t j) { return grad_query(tiles[j]); });
+        if (to_query)
+            multiply<E, true>(keys.key_t + skip, all, qk, rows, n, panel(&panels_[0]), [&](int64_t j) { return grad_query(tiles[j]); });
         if (!to_keys) return;
-        multiply<E, true>(by_row_, rows, kRow, v / 16, [&](int64_t j) { return side.grad(group, j); },
-                          [&](int64_t j) { return grad_value + j * rows * 16; });
-        multiply<E, true>(grad_by_row_, rows, kRow, qk / 16, [&](int64_t j) { return side.query(group, j); },
-                          [&](int64_t j) { return grad_key + j * rows * 16; });
+        multiply<E, true>(by_row_, kRow, rows, kRow, v / 16, [&](int64_t j) { return side.grad(group, j); },
+                          [&](int64_t j) { return grad_value + (j * all + skip) * 16; });
+        multiply<E, true>(grad_by_row_, kRow, rows, kRow, qk / 16, [&](int64_t j) { return side.query(group, j); },
+                          [&](int64_t j) { return grad_key + (j * all + skip) * 16; });
     }
 
   private:
     static constexpr int64_t kPanel = kKeys * kLanes, kRow = kGroup * kLanes;
 
     template <bool to_query, bool to_keys>
-    void differentiate_pair(const BackwardTile<E> &keys, QuerySide<E> &side, const int64_t *tiles, int j, int other) {
+    void differentiate_pair(const Span &keys, QuerySide<E> &side, const int64_t *tiles, int j, int other) {
         const float *logits[2] = {logits_, logits_ + (other - j) * kPanel};
         const float *grads[2] = {grads_, grads_ + (other - j) * kPanel};
         LaneTile *lanes[2] = {&side.tile(tiles[j]), &side.tile(tiles[other])};
         In *panels[2] = {panels_ + j * kPanel, panels_ + (j + 1) * kPanel};
-        bool masked = !lanes[0]->sees_all(keys.span) || !lanes[1]->sees_all(keys.span);
+        bool masked = !lanes[0]->sees_all(keys) || !lanes[1]->sees_all(keys);
         auto run = masked ? differentiate<E, true, to_keys, to_query> : differentiate<E, false, to_keys, to_query>;
-        run(logits, grads, lanes, keys.span, problem_.slope, kRow, by_row_ + j * kLanes, grad_by_row_ + j * kLanes, panels);
+        run(logits, grads, lanes, keys, problem_.slope, kRow, by_row_ + j * kLanes, grad_by_row_ + j * kLanes, panels);
     }
 
     const Problem &problem_;

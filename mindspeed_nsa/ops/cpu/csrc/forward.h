@@ -13,18 +13,12 @@ template <class E> struct KeyTile {
     KeyTile(const typename E::In *key, const typename E::In *value, const Span &span)
         : key(key), value(value), span(span), value_rows(span.rows) {}
 
-    // Leaves only what some of the tiles of lanes see, in steps of the depth of a product.
-    void trim(const LaneTile *all, const int64_t *tiles, int n, int64_t qk_pad) {
-        int64_t first = span.start + span.rows, last = span.start;
-        for (int i = 0; i < n; i++) {
-            first = std::min<int64_t>(first, all[tiles[i]].lowest_first);
-            last = std::max<int64_t>(last, all[tiles[i]].highest_last);
-        }
-        int64_t skip = std::max<int64_t>(first - span.start, 0) / kDepth * kDepth;
-        int64_t rows = std::min(round_up(std::max<int64_t>(last - span.start, 0), kDepth), span.rows) - skip;
+    // Leaves only a part of the keys.
+    void trim(const Span &part, int64_t qk_pad) {
+        int64_t skip = part.start - span.start;
         key += skip * qk_pad;
         if (value) value += skip * kLanes;
-        span = {span.start + skip, std::max<int64_t>(std::min(span.count - skip, rows), 0), std::max<int64_t>(rows, 0)};
+        span = part;
     }
 };
 
@@ -147,7 +141,7 @@ template <class E> class Forward {
     // the factors of what was before, or nullptr.
     template <bool observed, class Observe>
     void attend(KeyTile<E> keys, const int64_t *tiles, int n, const Observe &observe) {
-        keys.trim(tile_, tiles, n, problem_.qk_pad);
+        keys.trim(LaneTile::seen(keys.span, tiles, n, [&](int64_t i) -> const LaneTile & { return tile_[i]; }), problem_.qk_pad);
         int64_t rows = keys.span.rows, panels = problem_.v_pad / kLanes;
         if (rows == 0) return;
         for (int i = 0; i < n; i += 2) { // two at a time, so that their logits stay in the first cache

@@ -5,14 +5,14 @@ constexpr int kGroup = 8; // tiles of lanes whose gradients of keys and values a
 
 // Two panels at a time, as the engines take them; n panels, of which panel j has b(j) and c(j).
 template <class E, bool accumulate, class B, class C>
-inline void multiply(const typename E::In *a, int64_t m, int64_t k, int64_t n, const B &b, const C &c) {
+inline void multiply(const typename E::In *a, int64_t stride, int64_t m, int64_t k, int64_t n, const B &b, const C &c) {
     for (int64_t j = 0; j < n; j += 2) {
         const typename E::In *from[2] = {b(j), j + 1 < n ? b(j + 1) : nullptr};
         float *to[2] = {c(j), j + 1 < n ? c(j + 1) : nullptr};
         if (j + 1 < n)
-            E::template multiply<2, accumulate>(a, m, k, from, to);
+            E::template multiply<2, accumulate>(a, stride, m, k, from, to);
         else
-            E::template multiply<1, accumulate>(a, m, k, from, to);
+            E::template multiply<1, accumulate>(a, stride, m, k, from, to);
     }
 }
 
@@ -150,6 +150,16 @@ struct alignas(64) LaneTile {
     bool sees(const Span &keys) const { return lowest_first < keys.start + keys.count && highest_last > keys.start; }
     bool sees_all(const Span &keys) const {
         return keys.count == keys.rows && highest_first <= keys.start && lowest_last >= keys.start + keys.rows;
+    }
+
+    // Those of a tile that some of the tiles of lanes see.
+    template <class Tile> static Span seen(const Span &keys, const int64_t *tiles, int n, const Tile &tile) {
+        int64_t first = keys.start + keys.rows, last = keys.start;
+        for (int i = 0; i < n; i++) {
+            first = std::min<int64_t>(first, tile(tiles[i]).lowest_first);
+            last = std::max<int64_t>(last, tile(tiles[i]).highest_last);
+        }
+        return keys.part(first, last);
     }
 
     // Show keys to the lanes of some of the tile's queries alone.

@@ -78,20 +78,19 @@ class FlushToZero {
 // 2 to the x, to 2e-7, for x up to 127; below -126 it may be that of -126, or 0.
 inline vf exp2(vf x) {
 #if NSA_WIDTH == 16
-    vf whole = (vf)_mm512_roundscale_ps((__m512)x, 0x08);
+    vf part = (vf)_mm512_reduce_ps((__m512)x, 0x09); // x - floor(x)
 #else
     x = larger(splat(-126.f), x);
-    vf shifted = x + 12582912.f; // 1.5 * 2^23: the integer part lands in the low bits
-    vf whole = shifted - 12582912.f;
+    vf shifted = x - 0.5f + 12582912.f; // 1.5 * 2^23: the integer part lands in the low bits
+    vf part = x - (shifted - 12582912.f);
 #endif
-    vf part = x - whole;
-    vf power = part * 1.33952e-3f + 9.61812910e-3f;
-    power = power * part + 5.55041086e-2f;
-    power = power * part + 2.40226507e-1f;
-    power = power * part + 6.93147180e-1f;
+    vf power = part * 1.86713017e-3f + 9.01702978e-3f;
+    power = power * part + 5.57999127e-2f;
+    power = power * part + 2.40164444e-1f;
+    power = power * part + 6.93151295e-1f;
     power = power * part + 1.0f;
 #if NSA_WIDTH == 16
-    return (vf)_mm512_scalef_ps((__m512)power, (__m512)whole);
+    return (vf)_mm512_scalef_ps((__m512)power, (__m512)x);
 #else
     return (vf)((vi)power + ((vi)shifted << 23));
 #endif
@@ -267,7 +266,7 @@ template <class In> struct Times {
 
 // ---- the fp32 engine
 //
-// An engine multiplies C[j] += A * B[j]: A is [m, k] by rows, and each panel j of 16 columns has B[j] of k rows and C[j] of m rows.
+// An engine multiplies C[j] += A * B[j]: A is [m, k], its rows at a stride, and each panel j of 16 columns has B[j] of k rows and C[j] of m rows.
 // `In` is what it multiplies; how B lies in memory is the engine's, m is a multiple of 16 and k of 32.
 
 struct Simd {
@@ -305,8 +304,8 @@ struct Simd {
     }
 
     template <int panels, bool accumulate>
-    static void multiply(const In *a, int64_t m, int64_t k, const In *const *b, float *const *c) {
-        for (int64_t i = 0; i < m; i += 16) tile<panels, accumulate>(a + i * k, k, k, b, c, i);
+    static void multiply(const In *a, int64_t stride, int64_t m, int64_t k, const In *const *b, float *const *c) {
+        for (int64_t i = 0; i < m; i += 16) tile<panels, accumulate>(a + i * stride, stride, k, b, c, i);
     }
     template <bool accumulate> static void multiply(const Times<In> &x) {
         for (int i = 0; i < 2 && x.a[i]; i++)

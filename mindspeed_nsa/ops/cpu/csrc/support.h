@@ -128,6 +128,13 @@ struct Problem {
 // Keys of a tile: `count` of a sample from `start` on, padded to `rows`.
 struct Span {
     int64_t start, count, rows;
+
+    // What lies between `first` and `last`, in steps of the depth of a product.
+    Span part(int64_t first, int64_t last) const {
+        int64_t skip = std::max<int64_t>(first - start, 0) / kDepth * kDepth;
+        int64_t left = std::max<int64_t>(std::min(round_up(std::max<int64_t>(last - start, 0), kDepth), rows) - skip, 0);
+        return {start + skip, std::max<int64_t>(std::min(count - skip, left), 0), left};
+    }
 };
 
 // Keys cut into tiles, sample by sample: a block is one tile, or several where it is large.
