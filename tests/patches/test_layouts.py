@@ -7,11 +7,13 @@ import pytest
 import torch
 import wire
 
-megatron = pytest.importorskip("megatron.core")
+pytest.importorskip("megatron.core")
 
-from layouts import (  # noqa: E402
+from layouts import (
+    ALIKE,
     COUNTED,
     LAYOUTS,
+    NEW,
     ROOT,
     ROOTS,
     SPOILED,
@@ -24,12 +26,7 @@ from layouts import (  # noqa: E402
     worst,
     worst_after_loading,
 )
-from packaging.version import Version  # noqa: E402
 
-NEW = Version(megatron.__version__) >= Version("0.16")
-HERE = {name: layout for name, layout in LAYOUTS.items() if NEW or not layout.needs_new}
-# Megatron-core below 0.16 stores a distributed optimizer in a way of its own.
-ALIKE = {name: layout for name, layout in HERE.items() if NEW or "distributed" not in name}
 # Each layout loads what the one before it in its family has saved.
 LOADED = {
     name: (source, family[0])
@@ -44,7 +41,7 @@ needs_new = pytest.mark.skipif(not NEW, reason="megatron-core below 0.16 splits 
 @pytest.fixture(scope="module")
 def runs(real_text, tmp_path_factory):
     pairs = [(source, name) for name, (source, _) in LOADED.items()]
-    layouts = with_checkpoints(HERE, tmp_path_factory.mktemp("checkpoints"), pairs)
+    layouts = with_checkpoints(LAYOUTS, tmp_path_factory.mktemp("checkpoints"), pairs)
     return run(layouts | SPOILED, tmp_path_factory.mktemp("runs"), real_text, iterations=2)
 
 
@@ -55,11 +52,11 @@ def test_the_job_chooses_among_blocks(runs):
     assert len(torch.unique(late.flatten(0, 2), dim=0)) > 1000
 
 
-@pytest.mark.parametrize("name", sorted(HERE.keys() - ROOTS))
+@pytest.mark.parametrize("name", sorted(LAYOUTS.keys() - ROOTS))
 def test_every_layout_trains_the_same_model(runs, name):
-    mine, like = runs[name], runs[HERE[name].like]
-    assert worst(mine, like) <= HERE[name].tolerance
-    if HERE[name].tolerance > TOLERANCE:
+    mine, like = runs[name], runs[LAYOUTS[name].like]
+    assert worst(mine, like) <= LAYOUTS[name].tolerance
+    if LAYOUTS[name].tolerance > TOLERANCE:
         return  # in bfloat16 blocks may change places where their scores are next to equal
     assert mine.grad_norms == pytest.approx(like.grad_norms[:2], rel=1e-4)
     assert same_ids(mine, like)
@@ -69,13 +66,13 @@ def test_every_layout_trains_the_same_model(runs, name):
 @pytest.mark.parametrize("name", LOADED)
 def test_every_layout_goes_on_from_the_checkpoint_of_another(runs, name):
     source, like = LOADED[name]
-    assert worst_after_loading(runs[f"{source} -> {name}"], runs[like]) <= HERE[name].tolerance
+    assert worst_after_loading(runs[f"{source} -> {name}"], runs[like]) <= LAYOUTS[name].tolerance
 
 
-@pytest.mark.parametrize("name", sorted(COUNTED.keys() & HERE.keys()))
+@pytest.mark.parametrize("name", sorted(COUNTED))
 def test_the_bytes_on_the_wire_are_those_of_the_plan(runs, name):
     """Of every rank and dimension; what the plan leaves out does not grow with the model."""
-    layout = HERE[name]
+    layout = LAYOUTS[name]
     assert len(runs[name].messages) == layout.ranks
     for rank, messages in enumerate(runs[name].messages):
         seen = wire.counted(messages)
