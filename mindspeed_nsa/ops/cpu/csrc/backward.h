@@ -225,23 +225,18 @@ inline void write_grad_query(const Problem &problem, const TileRows &rows, const
     for (int lane = 0; lane < kLanes; lane++) {
         if (!rows.used[lane]) continue;
         int64_t at = rows.token[lane] * problem.at.query_heads + rows.head[lane];
-        float *row = scratch + lane * qk, scale = float(problem.at.scale);
-        if (row_max[at] == kLowest)
-            memset(row, 0, qk * sizeof(float));
-        else
-            for (int64_t d = 0; d < qk; d += kWidth) store(row + d, load(row + d) * scale);
-        write_row(problem.at.type, row, dim, row_of(grad_query, problem.at.type, at, dim));
+        bool blind = row_max[at] == kLowest;
+        write_row(problem.at.type, dim, row_of(grad_query, problem.at.type, at, dim),
+                  [&](int64_t d) { return blind ? vf{} : load(scratch + lane * qk + d) * float(problem.at.scale); });
     }
 }
 
 // Rows of the gradient of keys or values from panels of dims [rows, 16].
 inline void write_grad_keys(const Problem &problem, const float *panels, int64_t rows, int64_t count, int64_t first_key,
-                            int64_t head, int64_t dim, float scale, float *scratch, void *grad) {
+                            int64_t head, int64_t dim, float scale, void *grad) {
     for (int64_t i = 0; i < count; i++) {
-        for (int64_t d = 0; d < dim; d += 16)
-            for (int64_t x = 0; x < 16; x += kWidth)
-                store(scratch + d + x, load(panels + (d / 16 * rows + i) * 16 + x) * scale);
         int64_t at = (first_key + i) * problem.at.kv_heads + head;
-        write_row(problem.at.type, scratch, dim, row_of(grad, problem.at.type, at, dim));
+        write_row(problem.at.type, dim, row_of(grad, problem.at.type, at, dim),
+                  [&](int64_t d) { return load(panels + panel_at(d, i, rows)) * scale; });
     }
 }

@@ -103,9 +103,9 @@ inline void dense_backward_chunk(const Problem &problem, const Sight &sight, con
 // Sums what the parts found for each key, in the order of the parts.
 inline void sum_parts(const Problem &problem, const KeyTiles &keys, const std::vector<Part> &all, int64_t size, float *partial,
                       int64_t dim, float scale, void *grad) {
-    int64_t pad = round_up(dim, kDepth), heads = problem.at.kv_heads;
+    int64_t heads = problem.at.kv_heads;
     parallel(problem.at.threads, keys.first.back() * heads, [&] {
-        return [&, total = Buffer<float>(size), scratch = Buffer<float>(pad)](int64_t task) {
+        return [&, total = Buffer<float>(size)](int64_t task) {
             int64_t tile = task / heads, head = task % heads, b = keys.sample_of(tile), k = tile - keys.first[b];
             memset(total, 0, size * sizeof(float));
             for (const Part &part : all) {
@@ -117,7 +117,7 @@ inline void sum_parts(const Problem &problem, const KeyTiles &keys, const std::v
             }
             const Sample &sample = problem.samples[b];
             write_grad_keys(problem, total, keys.rows, keys.count(k, sample.keys), sample.k_start + keys.start(k), head, dim,
-                            scale, scratch, grad);
+                            scale, grad);
         };
     });
 }

@@ -130,7 +130,7 @@ struct Gated {
 inline void gated_sum_forward(const Gated &at, void *out) {
     prefer_huge_pages(out, at.tokens * at.heads * at.dim * type_size(at.type));
     parallel(at.threads, at.tasks(), [&] {
-        return [&, open = at.open()](int64_t task) {
+        return [&, open = at.open(), mixed = Buffer<float>(at.dim)](int64_t task) {
             Range rows = at.rows(task);
             at.open(rows, open);
             with_type(at.type, [&](auto as) {
@@ -139,9 +139,10 @@ inline void gated_sum_forward(const Gated &at, void *out) {
                     const float *by = open + (i - rows.first) * 3;
                     const Stored *from[3];
                     for (int j = 0; j < 3; j++) from[j] = static_cast<const Stored *>(at.row(j, i));
-                    auto to = static_cast<Stored *__restrict>(row_of(out, at.type, i, at.dim));
+                    float *__restrict to = mixed;
                     for (int64_t d = 0; d < at.dim; d++)
-                        to[d] = as.write(as.read(from[0][d]) * by[0] + as.read(from[1][d]) * by[1] + as.read(from[2][d]) * by[2]);
+                        to[d] = as.read(from[0][d]) * by[0] + as.read(from[1][d]) * by[1] + as.read(from[2][d]) * by[2];
+                    write_row(at.type, mixed, at.dim, row_of(out, at.type, i, at.dim));
                 }
             });
         };
@@ -155,16 +156,14 @@ inline void gated_sum_backward(const Gated &at, const NsaTensor &grad, void *gra
             Range rows = at.rows(task);
             at.open(rows, open);
             for (int64_t i = rows.first; i < rows.last; i++) {
-                float grads[3];
+                alignas(64) float grads[kLanes] = {};
                 read_row(at.type, row_of(grad, at.type, i / at.heads, i % at.heads), at.dim, from);
                 for (int j = 0; j < 3; j++) {
                     float by = open[(i - rows.first) * 3 + j];
                     read_row(at.type, at.row(j, i), at.dim, row);
                     grads[j] = dot(from, row, at.dim) * by * (1 - by);
-                    with_type(at.type, [&](auto as) {
-                        auto to = static_cast<typename decltype(as)::Stored *>(row_of(grad_branches[j], at.type, i, at.dim));
-                        for (int64_t d = 0; d < at.dim; d++) to[d] = as.write(from[d] * by);
-                    });
+                    for (int64_t d = 0; d < at.dim; d++) row[d] = from[d] * by;
+                    write_row(at.type, row, at.dim, row_of(grad_branches[j], at.type, i, at.dim));
                 }
                 write_row(at.gate_type, grads, 3, static_cast<char *>(grad_gate) + i * 3 * type_size(at.gate_type));
             }

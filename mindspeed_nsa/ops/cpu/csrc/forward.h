@@ -114,7 +114,7 @@ template <class E> class Forward {
         : problem_(problem), attend_(attend), stage_(problem.at.qk_dim, problem.qk_pad, problem.at.scale < 0), query_(tiles),
           copies_(tiles * problem.qk_pad * kLanes),
           out_(attend ? tiles * problem.v_pad * kLanes : 0), tile_(tiles), logits_(2 * kPanel), by_lanes_(kPanel),
-          weights_(kTiles * kPanel), row_(problem.v_pad) {}
+          weights_(kTiles * kPanel) {}
 
     LaneTile &tile(int64_t i) { return tile_[i]; }
 
@@ -182,9 +182,8 @@ template <class E> class Forward {
                 int64_t at = rows.token[lane] * problem_.at.query_heads + rows.head[lane], dim = problem_.at.v_dim;
                 row_max[at] = tile.blind[lane] && tile.total[lane] > 0 ? kLowest : most[lane];
                 row_sum[at] = sums[lane];
-                for (int64_t d = 0; d < problem_.v_pad; d += kWidth)
-                    store(row_ + d, load(out(i) + (d / kLanes * kLanes + lane) * kLanes + d % kLanes) * inverse[lane]);
-                write_row(problem_.at.type, row_, dim, row_of(attention, problem_.at.type, at, dim));
+                write_row(problem_.at.type, dim, row_of(attention, problem_.at.type, at, dim),
+                          [&](int64_t d) { return load(out(i) + panel_at(d, lane, kLanes)) * inverse[lane]; });
             }
         }
     }
@@ -231,5 +230,4 @@ template <class E> class Forward {
     Buffer<LaneTile> tile_;
     Buffer<float> logits_, by_lanes_;
     Buffer<In> weights_;
-    Buffer<float> row_;
 };

@@ -16,6 +16,9 @@ inline void multiply(const typename E::In *a, int64_t stride, int64_t m, int64_t
     }
 }
 
+// Where column `d` of a row lies in panels of 16 columns.
+inline int64_t panel_at(int64_t d, int64_t row, int64_t rows) { return (d / kLanes * rows + row) * kLanes + d % kLanes; }
+
 // How a tile of keys or values lies in memory, padded with zeros.
 enum Form {
     kRows,       // [rows, pad], as the left side of a product

@@ -147,8 +147,7 @@ template <class E> class BlockGradients {
     BlockGradients(const Problem &problem, const Lists &lists, const Gradients &from, const KeyTiles &tiles)
         : problem_(problem), lists_(lists), from_(from), tiles_(tiles), lanes_(problem.group), side_(problem, kGroup),
           backward_(problem), key_size_(tiles.rows * problem.qk_pad), value_size_(tiles.rows * problem.v_pad),
-          grad_key_(tiles.per_block * key_size_), grad_value_(tiles.per_block * value_size_),
-          scratch_(std::max(problem.qk_pad, problem.v_pad)) {}
+          grad_key_(tiles.per_block * key_size_), grad_value_(tiles.per_block * value_size_) {}
 
     void run(const PackedKeys<E> &keys, const PackedKeys<E> &values, const Sample &sample, int64_t head, int64_t block,
              const int32_t *queries, int64_t count, void *grad_key, void *grad_value) {
@@ -192,9 +191,8 @@ template <class E> class BlockGradients {
         for (int64_t j = 0; j < tiles_.per_block; j++) {
             int64_t k = block * tiles_.per_block + j, count = tiles_.count(k, sample.keys), at = sample.k_start + tiles_.start(k);
             write_grad_keys(problem_, grad_key_ + j * key_size_, tiles_.rows, count, at, head, problem_.at.qk_dim,
-                            float(std::fabs(problem_.at.scale)), scratch_, grad_key);
-            write_grad_keys(problem_, grad_value_ + j * value_size_, tiles_.rows, count, at, head, problem_.at.v_dim, 1, scratch_,
-                            grad_value);
+                            float(std::fabs(problem_.at.scale)), grad_key);
+            write_grad_keys(problem_, grad_value_ + j * value_size_, tiles_.rows, count, at, head, problem_.at.v_dim, 1, grad_value);
         }
     }
 
@@ -206,7 +204,7 @@ template <class E> class BlockGradients {
     QuerySide<E> side_;
     Backward<E> backward_;
     int64_t key_size_, value_size_;
-    Buffer<float> grad_key_, grad_value_, scratch_;
+    Buffer<float> grad_key_, grad_value_;
 };
 
 template <class E>

@@ -165,21 +165,34 @@ inline void read_row(int32_t type, const void *from, int64_t count, float *to) {
     });
 }
 
-inline void write_row(int32_t type, const float *from, int64_t count, void *to) {
+// Write a row of which at(i) gives the elements from the i-th on, as many as a vector has. Past the caches where that can be: they
+// have better use than results.
+template <class At> inline void write_row(int32_t type, int64_t count, void *to, const At &at) {
 #ifdef NSA_AMX
     if (type == NSA_BFLOAT16) {
-        for (int64_t i = 0; i < count; i += 16) {
+        auto row = static_cast<uint16_t *>(to);
+        int64_t i = 0;
+        if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
+            for (; i + 32 <= count; i += 32)
+                _mm512_stream_si512(reinterpret_cast<__m512i *>(row + i), (__m512i)_mm512_cvtne2ps_pbh((__m512)at(i + 16), (__m512)at(i)));
+        for (; i < count; i += 16) {
             __mmask16 some = count - i < 16 ? (1 << (count - i)) - 1 : 0xffff;
-            __m256i bits = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, from + i));
-            _mm256_mask_storeu_epi16(static_cast<uint16_t *>(to) + i, some, bits);
+            _mm256_mask_storeu_epi16(row + i, some, (__m256i)_mm512_cvtneps_pbh((__m512)at(i)));
         }
         return;
     }
 #endif
-    with_type(type, [=](auto as) {
+    with_type(type, [&](auto as) {
         auto row = static_cast<typename decltype(as)::Stored *>(to);
-        for (int64_t i = 0; i < count; i++) row[i] = as.write(from[i]);
+        for (int64_t i = 0; i < count; i += kWidth) {
+            vf some = at(i);
+            for (int64_t j = 0; j < std::min<int64_t>(count - i, kWidth); j++) row[i + j] = as.write(some[j]);
+        }
     });
+}
+// The same from memory, which is read to the end of its last vector.
+inline void write_row(int32_t type, const float *from, int64_t count, void *to) {
+    write_row(type, count, to, [=](int64_t i) { return load(from + i); });
 }
 
 inline const void *row_of(const NsaTensor &tensor, int32_t type, int64_t token, int64_t head) {

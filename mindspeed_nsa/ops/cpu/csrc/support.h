@@ -78,6 +78,7 @@ template <class Session = NoSession, class Make> void parallel(int64_t threads, 
             [[maybe_unused]] Session session;
             auto run = make();
             for (int64_t task; !failed && (task = next++) < tasks;) run(task);
+            std::atomic_thread_fence(std::memory_order_seq_cst); // what was stored past the caches has arrived
         } catch (const std::bad_alloc &) {
             failed = true;
         }
