@@ -14,8 +14,9 @@ from .contenders import Built, Contender, check, contenders, make_inputs, why_no
 from .measure import Ceilings, Clock, Spread, backward, ceilings, forward, peak_bytes
 
 PASSES = ("forward", "backward")
-ROUNDS = 5
-_QUICK = 1.0  # seconds; what takes less is warmed up by a call that does not count, and so is what is ours
+ROUNDS = 6
+_COLD = 2  # calls that find their memory given back: memory is counted in the first round, for which each call gives all back
+_QUICK = 1.0  # seconds; what takes less is warmed up by calls that do not count, and so is what is ours
 
 
 class Row(NamedTuple):
@@ -59,7 +60,7 @@ def run(
         threads: numbers of threads, each measured in turn.
         dtype: of all tensors.
         budget: seconds; another's call that would take longer is carried from a shorter sample, and a call is not repeated
-            once all its rounds together have taken this long. Ours are called twice at least: the first does not count.
+            once all its rounds together have taken this long. Ours are called three times at least: two do not count.
         say: is told what goes on.
 
     Raises:
@@ -128,11 +129,11 @@ def _interleave(
     for turn in range(ROUNDS):
         for key, call in calls.items():
             affordable = sum(clock.wall for clock in clocks[key]) + clocks[key][-1].wall <= budget
-            if affordable or (turn == 0 and key[0] in ours):
+            if affordable or (turn < _COLD and key[0] in ours):
                 clocks[key].append(call())
-    # The first call finds its memory given back; a minute of another's is too long to take it twice for that.
+    # A minute of another's is too long to take it twice for a warm call.
     warm = {
-        key: taken[1:] if len(taken) > 1 and (taken[0].wall < _QUICK or key[0] in ours) else taken
+        key: taken[_COLD:] if key[0] in ours or (len(taken) > _COLD and taken[0].wall < _QUICK) else taken
         for key, taken in clocks.items()
     }
     return {key: (warm[key], peaks[key]) for key in calls}

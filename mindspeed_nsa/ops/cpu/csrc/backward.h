@@ -226,8 +226,8 @@ inline void write_grad_query(const Problem &problem, const TileRows &rows, const
         if (!rows.used[lane]) continue;
         int64_t at = rows.token[lane] * problem.at.query_heads + rows.head[lane];
         bool blind = row_max[at] == kLowest;
-        write_row(problem.at.type, dim, row_of(grad_query, problem.at.type, at, dim),
-                  [&](int64_t d) { return blind ? vf{} : load(scratch + lane * qk + d) * float(problem.at.scale); });
+        write_row<true>(problem.at.type, dim, row_of(grad_query, problem.at.type, at, dim),
+                        [&](int64_t d) { return blind ? vf{} : load(scratch + lane * qk + d) * float(problem.at.scale); });
     }
 }
 

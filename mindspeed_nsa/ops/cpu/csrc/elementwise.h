@@ -142,7 +142,7 @@ inline void gated_sum_forward(const Gated &at, void *out) {
                     float *__restrict to = mixed;
                     for (int64_t d = 0; d < at.dim; d++)
                         to[d] = as.read(from[0][d]) * by[0] + as.read(from[1][d]) * by[1] + as.read(from[2][d]) * by[2];
-                    write_row(at.type, mixed, at.dim, row_of(out, at.type, i, at.dim));
+                    write_row<true>(at.type, mixed, at.dim, row_of(out, at.type, i, at.dim));
                 }
             });
         };
@@ -163,7 +163,7 @@ inline void gated_sum_backward(const Gated &at, const NsaTensor &grad, void *gra
                     read_row(at.type, at.row(j, i), at.dim, row);
                     grads[j] = dot(from, row, at.dim) * by * (1 - by);
                     for (int64_t d = 0; d < at.dim; d++) row[d] = from[d] * by;
-                    write_row(at.type, row, at.dim, row_of(grad_branches[j], at.type, i, at.dim));
+                    write_row<true>(at.type, row, at.dim, row_of(grad_branches[j], at.type, i, at.dim));
                 }
                 write_row(at.gate_type, grads, 3, static_cast<char *>(grad_gate) + i * 3 * type_size(at.gate_type));
             }

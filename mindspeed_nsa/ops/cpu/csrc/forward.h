@@ -182,8 +182,8 @@ template <class E> class Forward {
                 int64_t at = rows.token[lane] * problem_.at.query_heads + rows.head[lane], dim = problem_.at.v_dim;
                 row_max[at] = tile.blind[lane] && tile.total[lane] > 0 ? kLowest : most[lane];
                 row_sum[at] = sums[lane];
-                write_row(problem_.at.type, dim, row_of(attention, problem_.at.type, at, dim),
-                          [&](int64_t d) { return load(out(i) + panel_at(d, lane, kLanes)) * inverse[lane]; });
+                write_row<true>(problem_.at.type, dim, row_of(attention, problem_.at.type, at, dim),
+                                [&](int64_t d) { return load(out(i) + panel_at(d, lane, kLanes)) * inverse[lane]; });
             }
         }
     }

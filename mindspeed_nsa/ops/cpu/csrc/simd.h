@@ -165,14 +165,14 @@ inline void read_row(int32_t type, const void *from, int64_t count, float *to) {
     });
 }
 
-// Write a row of which at(i) gives the elements from the i-th on, as many as a vector has. Past the caches where that can be: they
-// have better use than results.
-template <class At> inline void write_row(int32_t type, int64_t count, void *to, const At &at) {
+// Write a row of which at(i) gives the elements from the i-th on, as many as a vector has. `past`: the caches, which have better use
+// than a result of the size of all queries.
+template <bool past = false, class At> inline void write_row(int32_t type, int64_t count, void *to, const At &at) {
 #ifdef NSA_AMX
     if (type == NSA_BFLOAT16) {
         auto row = static_cast<uint16_t *>(to);
         int64_t i = 0;
-        if (reinterpret_cast<uintptr_t>(to) % 64 == 0)
+        if (past && reinterpret_cast<uintptr_t>(to) % 64 == 0)
             for (; i + 32 <= count; i += 32)
                 _mm512_stream_si512(reinterpret_cast<__m512i *>(row + i), (__m512i)_mm512_cvtne2ps_pbh((__m512)at(i + 16), (__m512)at(i)));
         for (; i < count; i += 16) {
@@ -191,8 +191,8 @@ template <class At> inline void write_row(int32_t type, int64_t count, void *to,
     });
 }
 // The same from memory, which is read to the end of its last vector.
-inline void write_row(int32_t type, const float *from, int64_t count, void *to) {
-    write_row(type, count, to, [=](int64_t i) { return load(from + i); });
+template <bool past = false> inline void write_row(int32_t type, const float *from, int64_t count, void *to) {
+    write_row<past>(type, count, to, [=](int64_t i) { return load(from + i); });
 }
 
 inline const void *row_of(const NsaTensor &tensor, int32_t type, int64_t token, int64_t head) {
