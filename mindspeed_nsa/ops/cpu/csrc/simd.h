@@ -165,34 +165,43 @@ inline void read_row(int32_t type, const void *from, int64_t count, float *to) {
     });
 }
 
-// Write a row of which at(i) gives the elements from the i-th on, as many as a vector has. `past`: the caches, which have better use
-// than a result of the size of all queries.
-template <bool past = false, class At> inline void write_row(int32_t type, int64_t count, void *to, const At &at) {
 #ifdef NSA_AMX
-    if (type == NSA_BFLOAT16) {
-        auto row = static_cast<uint16_t *>(to);
-        int64_t i = 0;
-        if (past && reinterpret_cast<uintptr_t>(to) % 64 == 0)
-            for (; i + 32 <= count; i += 32)
-                _mm512_stream_si512(reinterpret_cast<__m512i *>(row + i), (__m512i)_mm512_cvtne2ps_pbh((__m512)at(i + 16), (__m512)at(i)));
-        for (; i < count; i += 16) {
-            __mmask16 some = count - i < 16 ? (1 << (count - i)) - 1 : 0xffff;
-            _mm256_mask_storeu_epi16(row + i, some, (__m256i)_mm512_cvtneps_pbh((__m512)at(i)));
-        }
-        return;
+template <bool past, class At> inline void write_bfloats(int64_t count, void *to, const At &at) {
+    auto row = static_cast<uint16_t *>(to);
+    int64_t i = 0;
+    if (past && reinterpret_cast<uintptr_t>(to) % 64 == 0)
+        for (; i + 32 <= count; i += 32)
+            _mm512_stream_si512(reinterpret_cast<__m512i *>(row + i), (__m512i)_mm512_cvtne2ps_pbh((__m512)at(i + 16), (__m512)at(i)));
+    for (; i < count; i += 16) {
+        __mmask16 some = count - i < 16 ? (1 << (count - i)) - 1 : 0xffff;
+        _mm256_mask_storeu_epi16(row + i, some, (__m256i)_mm512_cvtneps_pbh((__m512)at(i)));
     }
+}
 #endif
-    with_type(type, [&](auto as) {
+
+// Write a row, which is read to the end of its last vector. `past`: the caches, where the engine can: they have better use than a
+// result of the size of all queries.
+template <bool past = false> inline void write_row(int32_t type, const float *from, int64_t count, void *to) {
+#ifdef NSA_AMX
+    if (type == NSA_BFLOAT16) return write_bfloats<past>(count, to, [=](int64_t i) { return load(from + i); });
+#endif
+    with_type(type, [=](auto as) {
         auto row = static_cast<typename decltype(as)::Stored *>(to);
-        for (int64_t i = 0; i < count; i += kWidth) {
-            vf some = at(i);
-            for (int64_t j = 0; j < std::min<int64_t>(count - i, kWidth); j++) row[i + j] = as.write(some[j]);
-        }
+        for (int64_t i = 0; i < count; i++) row[i] = as.write(from[i]);
     });
 }
-// The same from memory, which is read to the end of its last vector.
-template <bool past = false> inline void write_row(int32_t type, const float *from, int64_t count, void *to) {
-    write_row<past>(type, count, to, [=](int64_t i) { return load(from + i); });
+// The same of a row of which at(i) gives the elements from the i-th on, as many as a vector has.
+template <bool past = false, class At> inline void write_row(int32_t type, int64_t count, void *to, const At &at) {
+#ifdef NSA_AMX
+    if (type == NSA_BFLOAT16) return write_bfloats<past>(count, to, at);
+#endif
+    constexpr int64_t kSome = 256;
+    alignas(64) float some[kSome];
+    for (int64_t i = 0; i < count; i += kSome) {
+        int64_t n = std::min(count - i, kSome);
+        for (int64_t j = 0; j < n; j += kWidth) store(some + j, at(i + j));
+        write_row(type, some, n, static_cast<char *>(to) + i * type_size(type));
+    }
 }
 
 inline const void *row_of(const NsaTensor &tensor, int32_t type, int64_t token, int64_t head) {
