@@ -182,9 +182,11 @@ template <class E> class Backward {
         auto panel = [](auto *of) { return [of](int64_t j) { return of + j * kPanel; }; };
         for (int i = 0; i < n; i += 2) { // two at a time, so that their logits stay in the first cache
             int some = std::min(2, n - i);
-            multiply<E, false>(keys.key + skip * qk, qk, rows, qk, some, [&](int64_t j) { return side.query_t(tiles[i + j]); }, panel(&logits_[0]));
+            multiply<E, false>(keys.key + skip * qk, qk, rows, qk, some, [&](int64_t j) { return side.query_t(tiles[i + j]); },
+                               panel(&logits_[0]));
             ahead(i);
-            multiply<E, false>(keys.value + skip * v, v, rows, v, some, [&](int64_t j) { return side.grad_t(tiles[i + j]); }, panel(&grads_[0]));
+            multiply<E, false>(keys.value + skip * v, v, rows, v, some, [&](int64_t j) { return side.grad_t(tiles[i + j]); },
+                               panel(&grads_[0]));
             ahead(i + 1);
             differentiate_pair<to_query, to_keys>(part, side, tiles, i, i + some - 1);
         }

@@ -171,7 +171,8 @@ template <bool past, class At> inline void write_bfloats(int64_t count, void *to
     int64_t i = 0;
     if (past && reinterpret_cast<uintptr_t>(to) % 64 == 0)
         for (; i + 32 <= count; i += 32)
-            _mm512_stream_si512(reinterpret_cast<__m512i *>(row + i), (__m512i)_mm512_cvtne2ps_pbh((__m512)at(i + 16), (__m512)at(i)));
+            _mm512_stream_si512(reinterpret_cast<__m512i *>(row + i),
+                                (__m512i)_mm512_cvtne2ps_pbh((__m512)at(i + 16), (__m512)at(i)));
     for (; i < count; i += 16) {
         __mmask16 some = count - i < 16 ? (1 << (count - i)) - 1 : 0xffff;
         _mm256_mask_storeu_epi16(row + i, some, (__m256i)_mm512_cvtneps_pbh((__m512)at(i)));
@@ -288,7 +289,8 @@ template <class In> struct Times {
 
 // ---- the fp32 engine
 //
-// An engine multiplies C[j] += A * B[j]: A is [m, k], its rows at a stride, and each panel j of 16 columns has B[j] of k rows and C[j] of m rows.
+// An engine multiplies C[j] += A * B[j]: A is [m, k], its rows at a stride, and each panel j of 16 columns has B[j] of k rows and
+// C[j] of m rows.
 // `In` is what it multiplies; how B lies in memory is the engine's, m is a multiple of 16 and k of 32.
 
 struct Simd {
