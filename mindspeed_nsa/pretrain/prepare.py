@@ -117,7 +117,8 @@ def python_sources() -> list[Path]:
     """
     folder = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test"}
-    entries = [path for path in folder.glob("*") if path.suffix == ".py" or path.is_dir()]
+    # A link, as Debian has one, is to a file that is there by its own name.
+    entries = [path for path in folder.glob("*") if (path.suffix == ".py" or path.is_dir()) and not path.is_symlink()]
     sources = [path for path in sorted(entries) if path.name not in left_out]
     if not any(path.is_file() for path in sources):
         raise ValueError(f"{folder}: this Python has no sources of its standard library here")

@@ -119,3 +119,10 @@ def test_python_has_sources():
     names = {path.name for path in python_sources()}
     assert {"abc.py", "json"} <= names
     assert not {"site-packages", "dist-packages", "test"} & names
+
+
+def test_a_link_in_the_standard_library_is_not_a_second_text(tmp_path, monkeypatch):
+    (tmp_path / "abc.py").write_text("a = 1\n")
+    (tmp_path / "abd.py").symlink_to("abc.py")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert python_sources() == [tmp_path / "abc.py"]
