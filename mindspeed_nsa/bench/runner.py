@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..heap import keep_freed_memory
+from ..heap import prepare_heap
 from ..ops.cpu import native
 from .contenders import Built, Contender, check, contenders, make_inputs, why_not
 from .measure import Ceilings, Clock, Spread, backward, ceilings, forward, peak_bytes
@@ -66,7 +66,7 @@ def run(
     Raises:
         RuntimeError: contenders that compute the same do not agree.
     """
-    keep_freed_memory()  # as the trainer does, for all contenders
+    prepare_heap()  # as the trainer does, for all contenders
     before = torch.get_num_threads()
     found: dict[int, Ceilings] = {}
     rows: list[Row] = []

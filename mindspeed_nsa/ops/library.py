@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backends import load
 from .contract import check_topk_indices
-from .reference import Compressed, lengths, window_count
+from .reference import Compressed, copies, lengths, window_count
 
 
 def _define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
@@ -53,9 +53,12 @@ def _differentiate(op: Any, backward: Any, tensors: int, differentiable: int, sa
     op.register_autograd(run, setup_context=save)
 
 
-def _attention_like(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    statistic = query.new_empty(*query.shape[:2], 8, dtype=torch.promote_types(query.dtype, torch.float32))
-    return query.new_empty(*query.shape[:2], value.shape[-1]), statistic, torch.empty_like(statistic)
+def _attention_like(query: Tensor, value: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    row = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+    row_max, row_sum = copies(row), copies(torch.empty_like(row))
+    if backend == "ascend":  # the chip's operators write the copies
+        row_max, row_sum = row_max.contiguous(), row_sum.contiguous()
+    return query.new_empty(*query.shape[:2], value.shape[-1]), row_max, row_sum
 
 
 def _like_inputs(count: int) -> Callable[..., tuple[Tensor, ...]]:
@@ -82,7 +85,7 @@ _differentiate(compress, compress_backward, tensors=2, differentiable=2, saved_o
 def _fake_compress_attention(
     query: Tensor, key: Tensor, value: Tensor, topk_mask: Tensor | None, atten_mask: Tensor | None, *settings: Any
 ) -> tuple[Tensor, ...]:
-    attention, row_max, row_sum = _attention_like(query, value)
+    attention, row_max, row_sum = _attention_like(query, value, settings[-1])
     count = Compressed(*settings[:-1]).select_block_count
     ids = query.new_empty(query.shape[0], key.shape[1], count, dtype=torch.int32)
     return attention, ids, row_max, row_sum
@@ -128,7 +131,7 @@ block_scores = _define(
 select_attention = _define(
     "select_attention",
     f"(Tensor query, Tensor key, Tensor value, Tensor topk_indices, {_SELECTED}, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda query, key, value, *_: _attention_like(query, value),
+    lambda query, key, value, *settings: _attention_like(query, value, settings[-1]),
 )
 select_attention_backward = _define(
     "select_attention_backward",
@@ -141,7 +144,7 @@ _differentiate(select_attention, select_attention_backward, tensors=4, different
 window_attention = _define(
     "window_attention",
     f"(Tensor query, Tensor key, Tensor value, {_WINDOW}, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda query, key, value, *_: _attention_like(query, value),
+    lambda query, key, value, *settings: _attention_like(query, value, settings[-1]),
 )
 window_attention_backward = _define(
     "window_attention_backward",

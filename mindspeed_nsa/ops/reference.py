@@ -575,13 +575,13 @@ def _work(tensor: Tensor) -> Tensor:
 
 
 def copies(row: Tensor) -> Tensor:
-    """[T, N1] -> [T, N1, 8], as the operators return softmax statistics."""
-    return row[..., None].repeat(1, 1, 8)
+    """[T, N1] -> [T, N1, 8], as the operators return softmax statistics: a view, the 8 are one in memory."""
+    return row[..., None].expand(-1, -1, 8)
 
 
 def per_sample(row: Tensor, ends: Sequence[int]) -> Tensor:
     """[T, N1] -> 8 copies in the order of `npu_fusion_attention`: [N1, S_b, 8] sample after sample, said to be [T, N1, 8]."""
-    return torch.cat([copies(row[start:stop]).transpose(0, 1).flatten() for start, stop in _samples(ends)]).view(*row.shape, 8)
+    return copies(torch.cat([row[start:stop].T.flatten() for start, stop in _samples(ends)]).view(row.shape))
 
 
 def from_per_sample(statistic: Tensor, ends: Sequence[int]) -> Tensor:

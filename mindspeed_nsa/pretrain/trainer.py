@@ -24,7 +24,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from mindspeed_nsa.context_parallel import own_pieces
-from mindspeed_nsa.heap import keep_freed_memory
+from mindspeed_nsa.heap import prepare_heap
 from mindspeed_nsa.patches import cpu_host, npu_host
 from mindspeed_nsa.pretrain import checkpoint, npu
 from mindspeed_nsa.pretrain.agreement import agree_on_data, agree_on_job, agree_on_order
@@ -90,7 +90,7 @@ def ranks(job: Job) -> Iterator[None]:
         backend = "nccl"
     else:
         cpu_host.install()
-        keep_freed_memory()
+        prepare_heap()
         backend = "gloo"
     if backend != "gloo":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -280,9 +280,9 @@ def test_memory_grows_with_tokens_alone():
 
 KEPT = """
 import resource, sys, torch
-from mindspeed_nsa.heap import keep_freed_memory
+from mindspeed_nsa.heap import prepare_heap
 if sys.argv[1] == "kept":
-    keep_freed_memory()
+    prepare_heap()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(6):
     torch.ones(int(sys.argv[2]) << 18)
@@ -299,6 +299,36 @@ def test_freed_memory_is_kept(mib):
         for mode in ("kept", "given back")
     }
     assert 2 * faults["kept"] < faults["given back"]
+
+
+HUGE = """
+import sys, torch
+from mindspeed_nsa.heap import prepare_heap
+if sys.argv[1] == "prepared":
+    prepare_heap()
+tensor = torch.ones(64 << 18)
+print(next(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
+"""
+
+
+def test_tensors_lie_in_huge_pages():
+    pages = Path("/sys/kernel/mm/transparent_hugepage")
+    if not pages.exists() or "[madvise]" not in (pages / "enabled").read_text():
+        pytest.skip("huge pages are not the process's own choice on this machine")
+    if int((pages / "hpage_pmd_size").read_text()) != 2 << 20:
+        pytest.skip("huge pages are not of 2 MiB on this machine")
+    kib = {
+        mode: int(subprocess.run([sys.executable, "-c", HUGE, mode], capture_output=True, text=True, check=True).stdout)
+        for mode in ("prepared", "as it is")
+    }
+    assert kib["as it is"] < 32 << 10 < kib["prepared"]
+
+
+def test_copies_of_softmax_statistics_are_one_in_memory():
+    query, key, value = torch.randn(70, 4, 32), torch.randn(70, 2, 32), torch.randn(70, 2, 32)
+    for statistic in cpu.window_attention(query, key, value, *Window(0.2, 16, [70], [70], [0]))[1:]:
+        assert statistic.shape == (70, 4, 8)
+        assert statistic.untyped_storage().nbytes() == 70 * 4 * 4
 
 
 def test_other_types_and_masks_run_on_the_reference_said_once(caplog):
