@@ -16,20 +16,61 @@ struct Importance {
     // Blocks, from the first on, that windows before `end` are of.
     int64_t blocks(int64_t end) const { return (end - 1 + before) / per_block + 1; }
 
-    // Adds a tile of weights [keys, lanes] to the scores of its lanes, up to so many blocks: [blocks, lanes].
+    // Adds a tile of weights, panels of 16 keys [lanes, 16], to the scores of up to so many blocks, panels of 16 [lanes, 16].
     void add(const float *weights, int64_t start, int64_t rows, int64_t blocks, float *scores) const {
-        int64_t first = std::max<int64_t>(ceil_div(start + before - reach() + 1, per_block), 0);
-        if (start + before - reach() + 1 < 0) first = 0;
+        int64_t first = ceil_div(std::max<int64_t>(start + before - reach() + 1, 0), per_block);
         for (int64_t s = first; s < blocks; s++) {
             int64_t window = s * per_block - before - start; // of overlap[0], in the tile
             int64_t j0 = std::max<int64_t>(-window, 0), j1 = std::min(reach(), rows - window);
-            for (int lane = 0; lane < kLanes; lane += kWidth) {
-                vf score = load(scores + s * kLanes + lane);
-                for (int64_t j = j0; j < j1; j++) score += load(weights + (window + j) * kLanes + lane) * overlap[j];
-                store(scores + s * kLanes + lane, score);
+            for (int64_t lane = 0; lane < kLanes; lane++) {
+                float score = 0;
+                for (int64_t j = j0; j < j1; j++) score += weights[panel_at(window + j, lane, kLanes)] * overlap[j];
+                scores[panel_at(s, lane, kLanes)] += score;
             }
         }
     }
+
+    // The usual sizes: a block has its four windows twice, but for one at an edge, and that of the block beside it. Then a panel of
+    // scores is written once, from registers, and what its edge lacks is carried: `by_fours`, `put`.
+#if NSA_WIDTH == 16
+    bool by_fours() const { return per_block == 4 && reach() == 5; }
+#else
+    static bool by_fours() { return false; }
+#endif
+    // The first block of a panel is the one before, as what lies ahead of a block comes with the next panel.
+    int64_t shift() const { return by_fours() && before == 0; }
+    // Writes the scores that a tile completes; `carry`: of each lane, what the first of them has already.
+    void put(const float *weights, int64_t start, int64_t rows, int64_t blocks, float *carry, float *scores) const {
+#if NSA_WIDTH == 16
+        before == 0 ? put_fours<true>(weights, start, rows, blocks, carry, scores)
+                    : put_fours<false>(weights, start, rows, blocks, carry, scores);
+#endif
+    }
+
+  private:
+#if NSA_WIDTH == 16
+    template <bool ahead>
+    static void put_fours(const float *weights, int64_t start, int64_t rows, int64_t blocks, float *carry, float *scores) {
+        constexpr int kEdge = ahead ? 0x00 : 0xff; // the first of four or the last
+        const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const __m512i after = _mm512_setr_epi32(15, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11);
+        for (int64_t i = 0; i < rows && (start + i) / 4 < blocks; i += 4 * kLanes) {
+            float *to = scores + (start + i) * (kLanes / 4);
+            for (int64_t lane = 0; lane < kLanes; lane++) {
+                const float *from = weights + (i + lane) * kLanes;
+                auto panel = [&](int64_t k) { return i + k * kLanes < rows ? _mm512_loadu_ps(from + k * kLanes * kLanes) : __m512{}; };
+                const __m512 w[4] = {panel(0), panel(1), panel(2), panel(3)};
+                auto halve = [](__m512 x, __m512 y) { return _mm512_shuffle_ps(x, y, 0x88) + _mm512_shuffle_ps(x, y, 0xdd); };
+                __m512 sums = halve(halve(w[0], w[1]), halve(w[2], w[3])); // of fours: each vector's in the quarters
+                __m512 edge = _mm512_shuffle_ps(_mm512_shuffle_ps(w[0], w[1], kEdge), _mm512_shuffle_ps(w[2], w[3], kEdge), 0x88);
+                __m512 own = sums + sums - edge;
+                __m512 moved = _mm512_permutexvar_ps(after, ahead ? own : edge), first = _mm512_set1_ps(carry[lane]);
+                carry[lane] = _mm512_cvtss_f32(moved);
+                store(to + lane * kLanes, (vf)(_mm512_mask_mov_ps(moved, 1, first) + _mm512_permutexvar_ps(order, ahead ? edge : own)));
+            }
+        }
+    }
+#endif
 };
 
 // The ids of the best of `candidates` scores, equal ones by id; forced blocks first (reference.choose). A tournament: the best of
@@ -73,17 +114,24 @@ class Chooser {
 class Scores {
   public:
     Scores(const NsaCompressed &at, int64_t tiles, int64_t blocks)
-        : importance_(at), most_(round_up(blocks, kLanes)), seen_(tiles), by_lane_(tiles * most_ * kLanes), row_(most_) {}
+        : importance_(at), most_(round_up(blocks, kLanes)), seen_(tiles), by_lane_(tiles * most_ * kLanes), carry_(tiles * kLanes),
+          row_(most_ + 2 * kLanes) {}
 
     void begin(int64_t blocks) {
         blocks_ = blocks;
         std::fill(seen_.begin(), seen_.end(), 0);
+        std::fill(carry_ + 0, carry_ + seen_.size() * kLanes, 0.f);
     }
     void add(int64_t tile, const float *weights, const float *factor, const Span &keys) {
-        float *scores = by_lane_ + tile * most_ * kLanes;
+        float *scores = by_lane_ + tile * most_ * kLanes, *carry = carry_ + tile * kLanes;
+        if (factor) rescale(scores, seen_[tile] / kLanes, factor);
+        for (int i = 0; factor && i < kLanes; i++) carry[i] *= factor[i];
+        if (importance_.by_fours()) {
+            importance_.put(weights, keys.start, keys.rows, blocks_, carry, scores);
+            seen_[tile] = round_up(std::min((keys.start + keys.rows) / 4, blocks_), kLanes);
+            return;
+        }
         int64_t blocks = std::min(importance_.blocks(keys.start + keys.rows), blocks_);
-        for (int64_t i = 0; factor && i < seen_[tile] * kLanes; i += kWidth)
-            store(scores + i, load(scores + i) * load(factor + i % kLanes));
         for (; seen_[tile] < blocks; seen_[tile] += kLanes)
             memset(scores + seen_[tile] * kLanes, 0, kLanes * kLanes * sizeof(float));
         importance_.add(weights, keys.start, keys.rows, blocks, scores);
@@ -91,28 +139,26 @@ class Scores {
     // Scores of a query, summed over its heads: those in lanes `first` to `last` of a tile, times their `inverse` sums.
     void sum(int64_t tile, const LaneTile &lanes, int64_t first, int64_t last, bool fresh, float *scores) {
         const float *from = by_lane_ + tile * most_ * kLanes;
-        alignas(64) float inverse[kLanes] = {};
+        float inverse[kLanes];
         for (int64_t lane = first; lane < last; lane++) inverse[lane] = lanes.total[lane] > 0 ? 1 / lanes.total[lane] : 0;
-        for (int64_t s = 0; s < seen_[tile]; s += kLanes) {
-            vf part[kLanes];
-            for (int64_t i = 0; i < kLanes; i++) {
-                part[i] = vf{};
-                for (int j = 0; j < kLanes; j += kWidth) part[i] += load(from + (s + i) * kLanes + j) * load(inverse + j);
+        if (fresh) std::fill(scores - kLanes, scores + most_ + kLanes, 0.f);
+        for (int64_t s = 0; s < seen_[tile]; s += kLanes)
+            for (int64_t i = 0; i < kLanes; i += kWidth) {
+                float *to = scores + s + i - importance_.shift();
+                vf total = load(to);
+                for (int64_t lane = first; lane < last; lane++) total += load(from + (s + lane) * kLanes + i) * inverse[lane];
+                store(to, total);
             }
-            alignas(64) float total[kLanes];
-            across(part, [](vf x, vf y) { return x + y; }, total);
-            for (int64_t i = 0; i < kLanes; i += kWidth)
-                store(scores + s + i, fresh ? load(total + i) : load(scores + s + i) + load(total + i));
-        }
-        if (fresh) std::fill(scores + seen_[tile], scores + most_, 0.f);
+        float &beside = scores[seen_[tile] - importance_.shift()]; // what no panel has come for
+        for (int64_t lane = first; lane < last; lane++) beside += carry_[tile * kLanes + lane] * inverse[lane];
     }
-    float *row() { return row_; }
+    float *row() { return row_ + kLanes; }
 
   private:
     Importance importance_;
     int64_t most_, blocks_ = 0;
     std::vector<int64_t> seen_; // blocks of a tile of lanes, in whole vectors
-    Buffer<float> by_lane_, row_;
+    Buffer<float> by_lane_, carry_, row_; // carry_: Importance::put
 };
 
 // What one pass over the compressed keys is asked for.

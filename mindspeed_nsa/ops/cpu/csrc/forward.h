@@ -2,6 +2,7 @@
 
 constexpr float kFloor = -1e38f; // level of a row that has seen nothing
 constexpr float kSlack = 8;      // a level is kept until a logit exceeds it by this many powers of 2: sums stay in range
+constexpr float kTame = 1e8f;    // up to this level the rounding of a logit does not lift it far above the level
 
 constexpr int64_t kPanel = kKeys * kLanes; // logits of a tile of lanes and a tile of keys
 
@@ -30,17 +31,20 @@ inline vi keys_seen(const LaneTile &tile, int lane, const Span &keys, int64_t i)
 
 // Raises the level of lanes where it has fallen behind: the factors for what they have summed, or false where there are none.
 inline bool raise_level(LaneTile &tile, const float *highest, float *factor) {
-    bool any = false;
-    for (int lane = 0; lane < kLanes; lane++) any |= highest[lane] > tile.level[lane] + kSlack;
-    if (!any) return false;
+    vi above{}, wild{};
+    for (int lane = 0; lane < kLanes; lane += kWidth) above |= load(highest + lane) > load(tile.level + lane) + kSlack;
+    if (!any(above)) return false;
     for (int lane = 0; lane < kLanes; lane += kWidth) {
         vf level = load(tile.level + lane), high = load(highest + lane);
         vi behind = high > level + kSlack;
         vf scale = pick(behind, exp2(pick(behind, level - high, vf{})), splat(1.f));
         store(factor + lane, scale);
-        store(tile.level + lane, pick(behind, high, level));
+        level = pick(behind, high, level);
+        wild |= ~((level < kTame) & (level > -kTame));
+        store(tile.level + lane, level);
         store(tile.total + lane, load(tile.total + lane) * scale);
     }
+    tile.tame = !any(wild);
     return true;
 }
 
@@ -51,11 +55,13 @@ inline void rescale(float *panels, int64_t count, const float *factor) {
             store(panels + i * kLanes + j, load(panels + i * kLanes + j) * factor[i % kLanes]);
 }
 
-template <bool masked>
+// `rows`: of the keys.
+template <int rows, bool masked>
 inline void find_highest(const float *logits, const Span &keys, float slope, LaneTile &tile, float *highest) {
     vf high[kLanes];
     for (vf &x : high) x = splat(kLowest);
-    for (int64_t i = 0; i < keys.rows; i += kLanes)
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i += kLanes)
         for (int j = 0; j < kLanes; j += kWidth) {
 #pragma GCC unroll 16
             for (int lane = 0; lane < kLanes; lane++) {
@@ -72,23 +78,18 @@ inline void find_highest(const float *logits, const Span &keys, float slope, Lan
     }
 }
 
-// Whether logits are so small that their rounding does not lift them far above the level.
-inline bool tame(const LaneTile &tile) {
-    bool all = true;
-    for (float level : tile.level) all &= std::fabs(level) < 1e8f;
-    return all;
-}
-
 // Weights of a key tile, relative to the level: as rows of the engine's and, where `keep`, in place of the logits.
 // `careful`: with keys that are not seen, or logits that are not tame.
-template <class E, bool careful, bool keep>
+template <class E, int rows, bool careful, bool keep>
 inline void weigh(float *logits, const Span &keys, float slope, LaneTile &tile, typename E::In *weights) {
     vf total[kLanes];
     alignas(64) float totals[kLanes];
+#pragma GCC unroll 16
     for (int lane = 0; lane < kLanes; lane++) {
         vf level = splat(tile.level[lane]);
         total[lane] = vf{};
-        for (int64_t i = 0; i < keys.rows; i += 2 * kLanes)
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i += 2 * kLanes)
             for (int j = 0; j < kLanes; j += kWidth) {
                 vf weight[2];
                 for (int k = 0; k < 2; k++) {
@@ -99,11 +100,20 @@ inline void weigh(float *logits, const Span &keys, float slope, LaneTile &tile, 
                     total[lane] += weight[k];
                     if (keep) store(at, weight[k]);
                 }
-                E::put_row(weights + lane * keys.rows + i, j, weight[0], weight[1]);
+                E::put_row(weights + lane * rows + i, j, weight[0], weight[1]);
             }
     }
     across(total, [](vf x, vf y) { return x + y; }, totals);
     for (int lane = 0; lane < kLanes; lane += kWidth) store(tile.total + lane, load(tile.total + lane) + load(totals + lane));
+}
+
+// Run with the rows of a key tile as a constant: the loops over them unroll.
+template <class Run> inline void with_rows(int64_t rows, const Run &run) {
+    static_assert(kKeys == 4 * kDepth);
+    if (rows == kDepth) return run(std::integral_constant<int, kDepth>());
+    if (rows == 2 * kDepth) return run(std::integral_constant<int, 2 * kDepth>());
+    if (rows == 3 * kDepth) return run(std::integral_constant<int, 3 * kDepth>());
+    run(std::integral_constant<int, 4 * kDepth>());
 }
 
 template <class E> class Forward {
@@ -113,7 +123,7 @@ template <class E> class Forward {
     Forward(const Problem &problem, int64_t tiles, bool attend = true)
         : problem_(problem), attend_(attend), stage_(problem.at.qk_dim, problem.qk_pad, problem.at.scale < 0), query_(tiles),
           copies_(tiles * problem.qk_pad * kLanes),
-          out_(attend ? tiles * problem.v_pad * kLanes : 0), tile_(tiles), logits_(2 * kPanel), by_lanes_(kPanel),
+          out_(attend ? tiles * problem.v_pad * kLanes : 0), tile_(tiles), logits_(2 * kPanel),
           weights_(kTiles * kPanel) {}
 
     LaneTile &tile(int64_t i) { return tile_[i]; }
@@ -127,6 +137,7 @@ template <class E> class Forward {
             LaneTile &tile = tile_[i];
             tile.look(rows, see);
             tile.fresh = true;
+            tile.tame = false;
             for (int lane = 0; lane < kLanes; lane++) {
                 tile.level[lane] = tile.top[lane] = kFloor;
                 tile.total[lane] = 0;
@@ -137,7 +148,7 @@ template <class E> class Forward {
         }
     }
 
-    // Let `n` tiles of lanes attend to a key tile. `observe(tile, weights, factor)` sees each tile's weights [keys, lanes], and
+    // Let `n` tiles of lanes attend to a key tile. `observe(tile, weights, factor)` sees each tile's weights, in panels of 16 keys, and
     // the factors of what was before, or nullptr.
     template <bool observed, class Observe>
     void attend(KeyTile<E> keys, const int64_t *tiles, int n, const Observe &observe) {
@@ -149,7 +160,9 @@ template <class E> class Forward {
             E::template multiply<false>({{first.data, second.data}, {first.stride, second.stride}, problem_.qk_pad, keys.key,
                                          rows / kLanes, problem_.qk_pad * kLanes, {logits_, logits_ + kPanel}});
             for (int j = i; j < std::min(i + 2, n); j++)
-                weigh_tile<observed>(keys.span, tiles[j], logits_ + (j - i) * kPanel, weights_ + j * kPanel, observe);
+                with_rows(rows, [&](auto constant) {
+                    weigh_tile<constant, observed>(keys.span, tiles[j], logits_ + (j - i) * kPanel, weights_ + j * kPanel, observe);
+                });
         }
         for (int i = 0; attend_ && i < n; i += 2) {
             int last = std::min(i + 1, n - 1);
@@ -201,20 +214,23 @@ template <class E> class Forward {
         }
         first.fresh = second.fresh = false;
     }
-    template <bool observed, class Observe>
+    template <int rows, bool observed, class Observe>
     void weigh_tile(const Span &keys, int64_t i, float *logits, In *weights, const Observe &observe) {
         alignas(64) float highest[kLanes], factor[kLanes];
         LaneTile &tile = tile_[i];
         bool masked = !tile.sees_all(keys);
-        auto find = masked ? find_highest<true> : find_highest<false>;
-        find(logits, keys, problem_.slope, tile, highest);
+        if (masked)
+            find_highest<rows, true>(logits, keys, problem_.slope, tile, highest);
+        else
+            find_highest<rows, false>(logits, keys, problem_.slope, tile, highest);
         bool raised = raise_level(tile, highest, factor);
         if (raised && !tile.fresh) rescale(out(i), problem_.v_pad / kLanes, factor);
-        auto run = masked || !tame(tile) ? weigh<E, true, observed> : weigh<E, false, observed>;
-        run(logits, keys, problem_.slope, tile, weights);
+        if (masked || !tile.tame)
+            weigh<E, rows, true, observed>(logits, keys, problem_.slope, tile, weights);
+        else
+            weigh<E, rows, false, observed>(logits, keys, problem_.slope, tile, weights);
         if (!observed) return;
-        for (int64_t k = 0; k < keys.rows; k += kLanes) transpose_panel(logits + k * kLanes, by_lanes_ + k * kLanes, kLanes);
-        observe(i, by_lanes_, raised ? factor : nullptr, keys);
+        observe(i, logits, raised ? factor : nullptr, keys);
     }
 
     // Sums of a tile: panels of dims [lanes, 16].
@@ -228,6 +244,6 @@ template <class E> class Forward {
     Buffer<In> copies_; // of queries
     Buffer<float> out_;
     Buffer<LaneTile> tile_;
-    Buffer<float> logits_, by_lanes_;
+    Buffer<float> logits_;
     Buffer<In> weights_;
 };

@@ -147,7 +147,7 @@ struct alignas(64) LaneTile {
     float top[kLanes];                   // their maximum so far
     float total[kLanes];                 // sum of the weights; in backward its inverse
     float delta[kLanes];                 // of backward: grad * attention, summed
-    bool fresh, blind[kLanes];           // of forward: nothing summed yet; all that is listed is masked
+    bool fresh, tame, blind[kLanes];     // of forward: nothing summed yet; kTame; all that is listed is masked
     int32_t lowest_first, highest_first, lowest_last, highest_last;
 
     bool sees(const Span &keys) const { return lowest_first < keys.start + keys.count && highest_last > keys.start; }

@@ -20,6 +20,16 @@ inline vf smaller(vf x, vf y) { return (vf)_mm512_min_ps((__m512)x, (__m512)y); 
 inline vf larger(vf x, vf y) { return x > y ? x : y; }
 inline vf smaller(vf x, vf y) { return x < y ? x : y; }
 #endif
+// Whether a comparison holds anywhere.
+inline bool any(vi which) {
+#if NSA_WIDTH == 16
+    return _mm512_movepi32_mask((__m512i)which) != 0;
+#else
+    int32_t all = 0;
+    for (int i = 0; i < kWidth; i++) all |= which[i];
+    return all != 0;
+#endif
+}
 inline float sum(vf x) {
 #if NSA_WIDTH == 16
     return _mm512_reduce_add_ps((__m512)x);
@@ -250,15 +260,19 @@ inline void transpose_panel(const float *panel, float *to, int64_t to_stride) { 
 template <class Reduce> inline void across(const vf *rows, const Reduce &reduce, float *to) {
 #if NSA_WIDTH == 16
     auto halves = [&](int i, int by, auto low, auto high) { return reduce((vf)low(i, i + by), (vf)high(i, i + by)); };
-    vf v[16];
-    memcpy(v, rows, sizeof v);
+    vf v[16]; // in registers, as all loops unroll
     auto at = [&](int i) { return (__m512)v[i]; };
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = rows[i];
+#pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
         v[i] = halves(i, 8, [&](int x, int y) { return _mm512_shuffle_f32x4(at(x), at(y), 0x44); },
                       [&](int x, int y) { return _mm512_shuffle_f32x4(at(x), at(y), 0xee); });
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++)
         v[i] = halves(i, 4, [&](int x, int y) { return _mm512_shuffle_f32x4(at(x), at(y), 0x88); },
                       [&](int x, int y) { return _mm512_shuffle_f32x4(at(x), at(y), 0xdd); });
+#pragma GCC unroll 2
     for (int i = 0; i < 2; i++)
         v[i] = halves(i, 2, [&](int x, int y) { return _mm512_shuffle_ps(at(x), at(y), 0x44); },
                       [&](int x, int y) { return _mm512_shuffle_ps(at(x), at(y), 0xee); });
