@@ -43,7 +43,7 @@ def attend(way, grad, *operands):
     attention, ids = way(*leaves)
     assert not ids.requires_grad
     kept = [x for x in attention.grad_fn.saved_tensors if x is not None]
-    assert all(x.untyped_storage().nbytes() == x.nbytes for x in kept), "views keep what other ranks' heads took"
+    assert all(x.untyped_storage().nbytes() <= x.nbytes for x in kept), "views keep what other ranks' heads took"
     return attention.detach(), ids, *torch.autograd.grad(attention, leaves, grad)
 
 
