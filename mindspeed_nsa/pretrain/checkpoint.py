@@ -8,6 +8,7 @@ A run saves its whole state. What `mindspeed-nsa convert` saves is weights alone
 """
 
 import contextlib
+import enum
 import json
 import os
 import pickle
@@ -465,10 +466,19 @@ class _MetadataUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return self._enum_member
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not dtype and name not in self.NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"refused to load {module}.{name}, which has no place in a checkpoint")
         return super().find_class(module, name)
+
+    @staticmethod
+    def _enum_member(kind: Any, name: str) -> enum.Enum:
+        """A member of an enum, which Python 3.11.0 to 3.11.3 write as getattr(kind, name). Nothing else is taken."""
+        if not (isinstance(kind, enum.EnumMeta) and name in kind.__members__):
+            raise pickle.UnpicklingError(f"refused to take {name!r} from {kind!r}, which has no place in a checkpoint")
+        return kind[name]
 
 
 @contextlib.contextmanager

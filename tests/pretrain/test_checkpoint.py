@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from packaging.version import Version
+from torch.distributed.checkpoint.planner import WriteItemType
 
 megatron = pytest.importorskip("megatron.core")
 
@@ -164,3 +165,18 @@ def test_metadata_may_name_nothing_but_records(tmp_path, module):
     (tmp_path / "metadata").write_bytes(f"c{module}\n{name}\n.".encode())
     with (tmp_path / "metadata").open("rb") as stream, pytest.raises(pickle.UnpicklingError, match=f"{module}.{name}"):
         _MetadataUnpickler(stream).load()
+
+
+def taken(tmp_path, kind, name):
+    """What the metadata gives that asks for an attribute, as Python 3.11.0 to 3.11.3 write the member of an enum."""
+    (tmp_path / "metadata").write_bytes(f"cbuiltins\ngetattr\n(c{kind}\nV{name}\ntR.".encode())
+    with (tmp_path / "metadata").open("rb") as stream:
+        return _MetadataUnpickler(stream).load()
+
+
+def test_metadata_of_any_python_is_read(tmp_path):
+    planner = "torch.distributed.checkpoint.planner\n"
+    assert taken(tmp_path, planner + "WriteItemType", "SHARD") is WriteItemType.SHARD
+    for kind, name in [(planner + "WriteItemType", "__class__"), (planner + "SavePlan", "__init__"), ("torch\nSize", "numel")]:
+        with pytest.raises(pickle.UnpicklingError, match=f"refused to take '{name}'"):
+            taken(tmp_path, kind, name)
