@@ -8,6 +8,7 @@ from pathlib import Path
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
 _HUGE_PAGE = 2 << 20  # bytes; aarch64 with pages of 64 KiB has 512 MiB, too much to clear for a small block
 _HUGE_PAGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 
 def prepare_heap() -> None:
@@ -24,8 +25,13 @@ def prepare_heap() -> None:
         return
     adjust(_MMAP_MAX, 0)  # from the heap, not from mappings of their own
     adjust(_TRIM_THRESHOLD, -1)  # never, however much it is
-    if _HUGE_PAGE_SIZE.exists() and int(_HUGE_PAGE_SIZE.read_text()) == _HUGE_PAGE:
+    # Where the kernel counts addresses as memory (2), what one rank reserves the others lack.
+    if _number(_HUGE_PAGE_SIZE) == _HUGE_PAGE and _number(_OVERCOMMIT) != 2:
         _grow_in_huge_pages(libc)
+
+
+def _number(setting: Path) -> int | None:
+    return int(setting.read_text()) if setting.exists() else None
 
 
 def _grow_in_huge_pages(libc: ctypes.CDLL) -> None:

@@ -184,6 +184,20 @@ def test_equal_scores_go_to_the_lower_block(dtype):
         assert torch.equal(ids[:, :, :3].sort().values[320:], expected[:, :, :3].sort().values[320:])
 
 
+@pytest.mark.parametrize("importance", ["ascend", "paper"])
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+def test_scores_where_logits_rise_with_every_window(dtype, importance):
+    """What was summed relative to lower logits is scaled anew, the edges of blocks too that two tiles of windows share."""
+    tokens, windows = 2300, 142
+    query = torch.ones(tokens, 16, 32).to(dtype)
+    key = (torch.arange(windows) / 32).to(dtype)[:, None, None].expand(-1, 1, 32).contiguous()
+    at = Compressed(1.0, 32, 16, 64, 16, True, 1, 2, True, importance, [tokens], [windows], [36], [0])
+    statistics = _statistics(query, key, at)
+    expected = reference.block_scores(query.double(), key.double(), *statistics, 0, tokens, *at)
+    found = cpu.block_scores(query, key, *(x.float() for x in statistics), 0, tokens, *at)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def _statistics(query, key, at):
     return reference.compress_attention(query.double(), key.double(), key.double(), None, None, *at)[2:]
 

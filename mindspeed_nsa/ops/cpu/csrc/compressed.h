@@ -30,25 +30,19 @@ struct Importance {
         }
     }
 
-    // The usual sizes: a block has its four windows twice, but for one at an edge, and that of the block beside it. Then a panel of
-    // scores is written once, from registers, and what its edge lacks is carried: `by_fours`, `put`.
+    // The first block of a panel: the one before, where what lies ahead of a block comes with the next panel.
+    int64_t shift() const { return by_fours() && before == 0; }
+
+    // The usual sizes: a block is its four windows twice, but for the one at an edge, and the one beside that edge. Then a panel of
+    // scores is written once, from registers; `carry` has of each lane what the edge of the last panel leaves to the next.
 #if NSA_WIDTH == 16
     bool by_fours() const { return per_block == 4 && reach() == 5; }
-#else
-    static bool by_fours() { return false; }
-#endif
-    // The first block of a panel is the one before, as what lies ahead of a block comes with the next panel.
-    int64_t shift() const { return by_fours() && before == 0; }
-    // Writes the scores that a tile completes; `carry`: of each lane, what the first of them has already.
     void put(const float *weights, int64_t start, int64_t rows, int64_t blocks, float *carry, float *scores) const {
-#if NSA_WIDTH == 16
         before == 0 ? put_fours<true>(weights, start, rows, blocks, carry, scores)
                     : put_fours<false>(weights, start, rows, blocks, carry, scores);
-#endif
     }
 
   private:
-#if NSA_WIDTH == 16
     template <bool ahead>
     static void put_fours(const float *weights, int64_t start, int64_t rows, int64_t blocks, float *carry, float *scores) {
         constexpr int kEdge = ahead ? 0x00 : 0xff; // the first of four or the last
@@ -70,6 +64,9 @@ struct Importance {
             }
         }
     }
+#else
+    static bool by_fours() { return false; }
+    void put(const float *, int64_t, int64_t, int64_t, float *, float *) const {}
 #endif
 };
 
@@ -124,8 +121,10 @@ class Scores {
     }
     void add(int64_t tile, const float *weights, const float *factor, const Span &keys) {
         float *scores = by_lane_ + tile * most_ * kLanes, *carry = carry_ + tile * kLanes;
-        if (factor) rescale(scores, seen_[tile] / kLanes, factor);
-        for (int i = 0; factor && i < kLanes; i++) carry[i] *= factor[i];
+        if (factor) {
+            rescale(scores, seen_[tile] / kLanes, factor);
+            for (int lane = 0; lane < kLanes; lane++) carry[lane] *= factor[lane];
+        }
         if (importance_.by_fours()) {
             importance_.put(weights, keys.start, keys.rows, blocks_, carry, scores);
             seen_[tile] = round_up(std::min((keys.start + keys.rows) / 4, blocks_), kLanes);
@@ -158,7 +157,8 @@ class Scores {
     Importance importance_;
     int64_t most_, blocks_ = 0;
     std::vector<int64_t> seen_; // blocks of a tile of lanes, in whole vectors
-    Buffer<float> by_lane_, carry_, row_; // carry_: Importance::put
+    Buffer<float> by_lane_, carry_; // Importance::put
+    Buffer<float> row_;             // with room before and behind, where the edges of panels come to lie
 };
 
 // What one pass over the compressed keys is asked for.
