@@ -13,7 +13,7 @@ from . import selection, shared_groups
 from .compression import Compression
 from .config import NSAConfig
 from .ops import library
-from .ops.backends import resolve, selects_own_block
+from .ops.backends import attends_whole, resolve, selects_own_block
 from .ops.contract import SELECT_DIMS
 from .ops.reference import Compressed
 from .samples import Part, Samples
@@ -117,6 +117,9 @@ class NativeSparseAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The queries of a part: their attention [T1, N1, D2], and their blocks [T1, N2, select_block_count]."""
         compress, select, window = branches
+        if self.score_group is None and attends_whole(backend, query.device.type, query.dtype, gate.dtype):
+            operands = query, *compress, *select, *window, gate
+            return library.sparse_attention(*operands, *at, self.config.window_size, part.samples.ends, backend)[:2]
         compressed, topk_indices = self._compress(query, *compress, at, backend)
         lists = (part.q_len, part.samples.ends, part.q_offset, backend)
         selected = library.select_attention(

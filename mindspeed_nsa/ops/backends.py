@@ -74,6 +74,19 @@ def selects_own_block(name: str, device_type: str, group: int) -> bool:
 
 
 @torch.compiler.assume_constant_result
+def attends_whole(name: str, device_type: str, *types: torch.dtype) -> bool:
+    """Whether a backend has one operator for the three attentions and their gates, `sparse_attention`.
+
+    Args:
+        name: a resolved backend name.
+        device_type: of the tensors.
+        types: of the tensors.
+    """
+    backend = load(name, device_type)
+    return hasattr(backend, "attends_whole") and backend.attends_whole(*types)
+
+
+@torch.compiler.assume_constant_result
 def chooses_inside(name: str, device_type: str, group: int, own_block: bool, importance: str) -> bool:
     """Whether one operator of a backend attends and chooses blocks: it leaves no scores to sum over ranks.
 

@@ -168,6 +168,36 @@ gated_sum_backward = _define(
 _differentiate(gated_sum, gated_sum_backward, tensors=4, differentiable=4, saved_outputs=())
 
 
+def _fake_sparse_attention(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    branches = [_attention_like(query, value, others[-1]) for _ in range(3)]
+    attentions, statistics = [each[0] for each in branches], [x for each in branches for x in each[1:]]
+    count = Compressed(*others[5:-3]).select_block_count
+    ids = query.new_empty(query.shape[0], key.shape[1], count, dtype=torch.int32)
+    return torch.empty_like(attentions[0]), ids, *attentions, *statistics
+
+
+# Keys and values of the branches, and the gates. Only some backends have it: `backends.attends_whole`.
+_BRANCHES = (
+    "Tensor query, Tensor compress_key, Tensor compress_value, Tensor select_key, Tensor select_value, Tensor window_key,"
+    " Tensor window_value, Tensor gate"
+)
+_WHOLE = f"{_COMPRESSED}, int window_size, SymInt[] kv_len, str backend"
+
+sparse_attention = _define(
+    "sparse_attention",
+    f"({_BRANCHES}, {_WHOLE}) -> ({', '.join(['Tensor'] * 11)})",
+    _fake_sparse_attention,
+)
+sparse_attention_backward = _define(
+    "sparse_attention_backward",
+    f"(Tensor grad, {_BRANCHES}, Tensor topk_indices, Tensor compress, Tensor select, Tensor window, Tensor compress_max,"
+    " Tensor compress_sum, Tensor select_max, Tensor select_sum, Tensor window_max, Tensor window_sum,"
+    f" {_WHOLE}) -> ({', '.join(['Tensor'] * 8)})",
+    _like_inputs(8),
+)
+_differentiate(sparse_attention, sparse_attention_backward, tensors=8, differentiable=8, saved_outputs=tuple(range(1, 11)))
+
+
 def _checked_indices(topk_indices: Tensor, block_size: int, q_len: list[int], kv_len: list[int]) -> Tensor:
     check_topk_indices(topk_indices, block_size, q_len, kv_len)
     return topk_indices.clone()

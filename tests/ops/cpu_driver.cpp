@@ -90,6 +90,19 @@ int run(int32_t type) {
     const NsaTensor branches[] = {grad.view, grad.view, grad.view};
     failed |= nsa_gated_sum_forward(type, type, 2, kTokens, kHeads, kV, gate.data(), branches, out.data());
     write(out);
+
+    const NsaTensor keys[] = {few_keys.view, key.view, key.view}, values[] = {few_values.view, value.view, value.view};
+    Array compress(type, kTokens, kHeads, kV), select(type, kTokens, kHeads, kV), window(type, kTokens, kHeads, kV);
+    void *attentions[] = {compress.data(), select.data(), window.data()};
+    std::vector<float> statistics(6 * row_max.size());
+    float *row_maxes[3], *row_sums[3];
+    for (int j = 0; j < 3; ++j) {
+        row_maxes[j] = statistics.data() + 2 * j * row_max.size();
+        row_sums[j] = row_maxes[j] + row_max.size();
+    }
+    failed |= nsa_sparse_attention_forward(&over_windows, kEnds, &compressed, 40, &query.view, keys, values, type, gate.data(),
+                                           out.data(), ids.data(), attentions, row_maxes, row_sums);
+    for (const Array *array : {&out, &compress, &select, &window}) write(*array);
     return failed;
 }
 

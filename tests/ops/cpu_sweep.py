@@ -123,11 +123,7 @@ def close(name, found, expected, of_sum, of_rounded=0.0, work=WORK):
 
 def check(case: Case) -> None:
     """Every operator, forward and backward."""
-    generator = torch.Generator().manual_seed(case.seed)
-    heads, (qk_dim, v_dim), tokens = case.group * case.kv_heads, case.dims, case.q_len[-1]
-    query = tensor(generator, case, tokens, heads, qk_dim)
-    key, value = (tensor(generator, case, case.kv_len[-1], case.kv_heads, dim) for dim in case.dims)
-    grad = tensor(generator, case, tokens, heads, v_dim)
+    generator, (grad, query, key, value) = operands_of(case)
     check_compress(case, generator, key)
     check_attention("window", case, grad, query, key, value, (), Window(*_window(case)))
     ids = check_compressed(case, generator, grad, query)
@@ -139,6 +135,16 @@ def check(case: Case) -> None:
             "select, any ids", case, grad, query, key, value, (listed,), ordered._replace(causal=causal, ordered=False)
         )
     check_gated_sum(case, generator, grad)
+    check_whole(case, generator, (grad, query, key, value))
+
+
+def operands_of(case):
+    """What the rest is drawn with, and the gradient, query, key and value."""
+    generator = torch.Generator().manual_seed(case.seed)
+    heads, (qk_dim, v_dim), tokens = case.group * case.kv_heads, case.dims, case.q_len[-1]
+    query = tensor(generator, case, tokens, heads, qk_dim)
+    key, value = (tensor(generator, case, case.kv_len[-1], case.kv_heads, dim) for dim in case.dims)
+    return generator, (tensor(generator, case, tokens, heads, v_dim), query, key, value)
 
 
 def _window(case):
@@ -294,6 +300,37 @@ def check_gated_sum(case, generator, grad):
     magnitudes = of_gate, *(grad.double().abs() for _ in branches)
     for i, of in enumerate(("gate", "compress", "select", "window")):
         close(f"gated_sum grad_{of}", found[i], wanted[i], magnitudes[i])
+
+
+def check_whole(case, generator, operands):
+    """To the bit what the operators give one after another, in gradients too."""
+    grad, query, key, value = operands
+    at = case.compressed()
+    pooled = [tensor(generator, case, at.cmp_len[-1], case.kv_heads, dim) for dim in case.dims]
+    newest = [x.clone() for x in (key, value)] if case.seed % 3 else [key, value]  # keys of its own, or those of the blocks
+    gate = (3 * torch.randn((*grad.shape[:2], 3), generator=generator)).to(case.dtype if case.seed % 2 else torch.float32)
+    compress, ids, *statistics = cpu.compress_attention(query, *pooled, None, None, *at)
+    selected = Selected(case.scale, case.sizes[2], True, False, case.q_len, case.kv_len, case.offsets)
+    select = cpu.select_attention(query, key, value, ids, *selected)
+    window = cpu.window_attention(query, *newest, *_window(case))
+    branches = compress, select[0], window[0]
+    operands = query, *pooled, key, value, *newest, gate
+    settings = *at, case.window_size, case.kv_len
+    found = cpu.sparse_attention(*operands, *settings)
+    same("whole", found, (cpu.gated_sum(gate, *branches), ids, *branches, *statistics, *select[1:], *window[1:]))
+    grad_gate, *grads = cpu.gated_sum_backward(grad, gate, *branches)
+    by_window = cpu.window_attention_backward(grads[2], query, *newest, *window, *_window(case))
+    by_select = cpu.select_attention_backward(grads[1], query, key, value, ids, *select, *selected)
+    by_compress = cpu.compress_attention_backward(grads[0], query, *pooled, None, None, compress, *statistics, *at)
+    grad_query = by_window[0] + by_select[0] + by_compress[0]
+    gradients = grad_query, *by_compress[1:], *by_select[1:], *by_window[1:], grad_gate
+    same("whole, gradients", cpu.sparse_attention_backward(grad, *operands, *found[1:], *settings), gradients)
+
+
+def same(name, found, expected):
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), f"{name}, result {i}"
+        assert torch.equal(a, b), f"{name}, result {i}: {(a != b).sum()} of {a.numel()} differ"
 
 
 def main(cases: int = 30, seed: int = 0, library: str | None = None) -> None:

@@ -362,6 +362,41 @@ def test_other_types_and_masks_run_on_the_reference_said_once(caplog):
     ]
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+def test_the_whole_where_scores_are_too_large_for_a_chunk(dtype, kv_heads):
+    """So many blocks that the queries of a chunk choose in parts."""
+    sizes = {"lengths": [50, 1500], "offsets": [0, 0], "extra": [0, 0], "group": 2, "kv_heads": kv_heads, "dims": (33, 17)}
+    case = cpu_sweep.draw(random.Random(7), dtype=dtype, sizes=(3, 1, 5, 3), **sizes)
+    cpu_sweep.check_whole(case, *cpu_sweep.operands_of(case))
+
+
+def test_the_whole_refuses_what_it_cannot_read():
+    def run(**changed):
+        shapes = {
+            "query": (9, 4, 8),
+            "ck": (2, 2, 8),
+            "cv": (2, 2, 6),
+            "sk": (9, 2, 8),
+            "sv": (9, 2, 6),
+            "wk": (9, 2, 8),
+            "wv": (9, 2, 6),
+        }
+        tensors = [torch.zeros(changed.get(name, shape)) for name, shape in (shapes | {"gate": (9, 4, 3)}).items()]
+        at = Compressed(0.5, 4, 4, 4, 2, True, 1, 1, True, "ascend", [9], [2], [3], [0])
+        return cpu.sparse_attention(*(x.to(changed.get("dtype", x.dtype)) for x in tensors), *at, 5, [9])
+
+    assert run()[0].shape == (9, 4, 6)
+    for changed, words in (
+        ({"dtype": torch.float64}, "sparse_attention has torch.float64; allowed: torch.float32, torch.float16, torch.bfloat16"),
+        ({"gate": (9, 4, 2)}, r"gate is \[9, 4, 2\]"),
+        ({"wv": (9, 2, 5)}, r"window_value is \[9, 2, 5\] .* allowed: \[9, 2, 6\]"),
+        ({"sk": (8, 2, 8)}, r"kv_len \[9\] must be prefix sums that rise to the 8 given|value is \[9, 2, 6\]"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(**changed)
+
+
 def test_auto_on_the_cpu_is_native():
     assert backends.load("auto", "cpu") is cpu
     with ops.use_backend("cpu"):

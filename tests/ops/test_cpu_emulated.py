@@ -97,6 +97,13 @@ def check(output):
         assert (found == ids).float().mean() > 0.99
         attention(take, dtype, "select", Selected(0.25, 16, True, False, ENDS, ENDS, [0, 0]), grad, query, key, value, found)
         near(take(dtype, *grad.shape), reference.gated_sum(gate, grad, grad, grad))
+        whole, *branches = (take(dtype, *grad.shape) for _ in range(4))
+        near(whole, reference.gated_sum(gate, *(branch.double() for branch in branches)))
+        select = reference.select_attention(query, key, value, found, 0.25, 16, True, False, ENDS, ENDS, [0, 0])
+        for branch, expected in zip(
+            branches, (out, select[0], reference.window_attention(query, key, value, *at)[0]), strict=True
+        ):
+            near(branch, expected)
     assert place == len(output)
 
 

@@ -26,6 +26,8 @@ __all__ = [
     "gated_sum_backward",
     "select_attention",
     "select_attention_backward",
+    "sparse_attention",
+    "sparse_attention_backward",
     "window_attention",
     "window_attention_backward",
 ]
@@ -33,6 +35,15 @@ __all__ = [
 Triple = tuple[Tensor, Tensor, Tensor]
 _Run = TypeVar("_Run", bound=Callable[..., Any])
 _logger = logging.getLogger(__name__)
+
+
+def _foreign_types(arguments: Sequence[Any]) -> set[torch.dtype]:
+    """The floating point types of tensors that the kernels do not have; tensors of another device are refused."""
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    elsewhere = {x.device.type for x in tensors} - {"cpu"}
+    if elsewhere:
+        raise ValueError(f"backend cpu takes tensors on cpu, not on {', '.join(elsewhere)}")
+    return {x.dtype for x in tensors if x.is_floating_point()} - native.TYPES.keys()
 
 
 @cache
@@ -46,11 +57,7 @@ def _in_native_types(run: _Run) -> _Run:
 
     @wraps(run)
     def dispatch(*arguments: Any) -> Any:
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
-        elsewhere = {x.device.type for x in tensors} - {"cpu"}
-        if elsewhere:
-            raise ValueError(f"backend cpu takes tensors on cpu, not on {', '.join(elsewhere)}")
-        foreign = {x.dtype for x in tensors if x.is_floating_point()} - native.TYPES.keys()
+        foreign = _foreign_types(arguments)
         if not foreign:
             return run(*arguments)
         say_once(f"{', '.join(map(str, foreign))} runs on the reference, which is slow")
@@ -258,7 +265,7 @@ def gated_sum_backward(
     grad_gate, *grads = _empty_like(gate, compress, select, window)
     gate, branches = gate.contiguous(), [native.tensor(x) for x in (compress, select, window)]
     operands = native.tensor(grad), gate.data_ptr(), (native.Tensor * 3)(*branches)
-    native.call("gated_sum_backward", *sizes, *operands, grad_gate.data_ptr(), (native.c_void_p * 3)(*_pointers(grads)))
+    native.call("gated_sum_backward", *sizes, *operands, grad_gate.data_ptr(), native.pointers(grads))
     return grad_gate, grads[0], grads[1], grads[2]
 
 
@@ -267,6 +274,103 @@ def _gated(gate: Tensor, compress: Tensor, select: Tensor, window: Tensor) -> tu
     _check_shapes(gate, gate=(gate, (*compress.shape[:2], 3)))
     types = native.TYPES[compress.dtype], native.TYPES[gate.dtype]
     return *types, torch.get_num_threads(), *compress.shape
+
+
+# ---- the whole
+
+
+def attends_whole(*types: torch.dtype) -> bool:
+    """Whether `sparse_attention` takes tensors of such types."""
+    return set(types) <= native.TYPES.keys()
+
+
+def sparse_attention(
+    query: Tensor,
+    compress_key: Tensor,
+    compress_value: Tensor,
+    select_key: Tensor,
+    select_value: Tensor,
+    window_key: Tensor,
+    window_value: Tensor,
+    gate: Tensor,
+    *settings: Any,
+) -> tuple[Tensor, ...]:
+    """The three attentions, one after another, and their gated sum, to the bit, with each query read once.
+
+    Args:
+        query: [T1, N1, D1].
+        compress_key: compressed keys [windows, N2, D1]; `compress_value` [windows, N2, D2].
+        select_key: [T2, N2, D1]; `select_value` [T2, N2, D2]; those of the window likewise.
+        gate: logits [T1, N1, 3].
+        settings: those of `reference.Compressed`, the window size, and the prefix sums of the key lengths.
+
+    Returns:
+        The sum [T1, N1, D2]; ids [T1, N2, select_block_count], best first; the three attentions [T1, N1, D2]; softmax max and
+        sum of each, as the operators for them return them.
+    """
+    keys, values = (compress_key, select_key, window_key), (compress_value, select_value, window_value)
+    foreign = _foreign_types((query, *keys, *values, gate))
+    if foreign:
+        raise ValueError(f"sparse_attention has {', '.join(map(str, foreign))}; allowed: {', '.join(map(str, native.TYPES))}")
+    at, window_size, kv_len = _whole(settings)
+    ends = at.cmp_len, kv_len, kv_len
+    commons = [
+        _attention(query, *each[:2], at.scale, at.q_len, each[2], at.q_offset) for each in zip(keys, values, ends, strict=True)
+    ]
+    dim = compress_value.shape[-1]
+    _check_shapes(
+        query, **{f"{x}_value": (v, (*v.shape[:2], dim)) for x, v in zip(("select", "window"), values[1:], strict=True)}
+    )
+    _check_shapes(gate, gate=(gate, (*query.shape[:2], 3)))
+    attentions, row_maxes, row_sums = zip(*(_empty_outputs(query, value) for value in values), strict=True)
+    out, gate = torch.empty_like(attentions[0]), gate.contiguous()
+    ids = query.new_empty(query.shape[0], compress_key.shape[1], at.select_block_count, dtype=torch.int32)
+    views = [[native.tensor(x) for x in tensors] for tensors in (keys, values)]
+    native.call(
+        *("sparse_attention_forward", commons[0], commons[1].kv_end, _compressed(at), window_size, native.tensor(query)),
+        *((native.Tensor * 3)(*each) for each in views),
+        *(native.TYPES[gate.dtype], *_pointers((gate, out, ids))),
+        *map(native.pointers, (attentions, row_maxes, row_sums)),
+    )
+    statistics = [each for pair in zip(row_maxes, row_sums, strict=True) for each in pair]
+    of_compress = (per_sample(each, at.q_len) for each in statistics[:2])
+    return out, ids, *attentions, *of_compress, *map(copies, statistics[2:])
+
+
+def sparse_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    compress_key: Tensor,
+    compress_value: Tensor,
+    select_key: Tensor,
+    select_value: Tensor,
+    window_key: Tensor,
+    window_value: Tensor,
+    gate: Tensor,
+    topk_indices: Tensor,
+    compress: Tensor,
+    select: Tensor,
+    window: Tensor,
+    *statistics_and_settings: Any,
+) -> tuple[Tensor, ...]:
+    """Gradients of `sparse_attention` for its eight tensors, from what it returned: the operators', one after another."""
+    statistics, (at, window_size, kv_len) = statistics_and_settings[:6], _whole(statistics_and_settings[6:])
+    lists = at.q_len, kv_len, at.q_offset
+    grad_gate, *grads = gated_sum_backward(grad, gate, compress, select, window)
+    operands = query, window_key, window_value, window, *statistics[4:]
+    grad_query, *of_window = window_attention_backward(grads.pop(), *operands, at.scale, window_size, *lists)
+    operands = query, select_key, select_value, topk_indices, select, *statistics[2:4]
+    more, *of_select = select_attention_backward(grads.pop(), *operands, at.scale, at.select_block_size, True, False, *lists)
+    grad_query += more
+    operands = query, compress_key, compress_value, None, None, compress, *statistics[:2]
+    more, *of_compress = compress_attention_backward(grads.pop(), *operands, *at)
+    grad_query += more
+    return grad_query, *of_compress, *of_select, *of_window, grad_gate
+
+
+def _whole(settings: Sequence[Any]) -> tuple[Compressed, int, Sequence[int]]:
+    """Settings of the compressed branch, the window size, and the prefix sums of the key lengths."""
+    return Compressed(*settings[:-2]), settings[-2], settings[-1]
 
 
 # ---- what they share

@@ -67,6 +67,10 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
         *(_out, _out, _out),
     ),
     "block_scores": (_attention, POINTER(Compressed), _tensor, _tensor, c_int64, c_int64, _out),
+    "sparse_attention_forward": (
+        *(_attention, _ends, POINTER(Compressed), c_int64, _tensor, _tensor, _tensor, c_int32, c_void_p),
+        *(_out, _out, *(POINTER(c_void_p),) * 3),
+    ),
     "gated_sum_forward": (*_gated, c_void_p, _tensor, _out),
     "gated_sum_backward": (*_gated, _tensor, c_void_p, _tensor, _out, POINTER(c_void_p)),
 }
@@ -87,6 +91,11 @@ def call(function: str, *arguments: Any) -> None:
 def int64s(values: Sequence[int]) -> Any:
     """A C array."""
     return (c_int64 * len(values))(*values)
+
+
+def pointers(tensors: Sequence[torch.Tensor]) -> Any:
+    """A C array of where they lie."""
+    return (c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
 
 
 def tensor(x: torch.Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 struct Amx {
     using In = uint16_t;
+    static constexpr bool kRough = true;
 
     // Of the product of four tiles of C: of one, two or four tiles of rows and four, two or one panels.
     struct Operands {

@@ -70,40 +70,56 @@ struct Importance {
 #endif
 };
 
-// The ids of the best of `candidates` scores, equal ones by id; forced blocks first (reference.choose). A tournament: the best of
-// 16 scores each stand in for them, and one of a group that won is replaced by the group's next.
+// The ids of the best scores, equal ones by id; forced blocks first (reference.choose). A tournament: the best of 16 scores each
+// stand in for them, and one of a group that won is replaced by the group's next. Some queries choose in turn, as each round
+// waits for the one before.
 class Chooser {
   public:
-    Chooser(const NsaCompressed &at, int64_t blocks) : at_(at), winners_(round_up(ceil_div(blocks, kLanes), kLanes)) {}
+    static constexpr int kTogether = 4;
 
-    // Writes over the scores.
-    void choose(float *scores, int64_t own, int64_t candidates, int32_t *ids) {
-        int64_t groups = ceil_div(candidates, kLanes), all = round_up(groups, kLanes);
-        int64_t local = std::max<int64_t>(own - at_.local_blocks + 1, 0);
-        std::fill(scores, scores + std::min(at_.init_blocks, candidates), INFINITY);
-        std::fill(scores + std::min(local, candidates), scores + candidates, INFINITY);
-        std::fill(scores + candidates, scores + groups * kLanes, kOut);
-        for (int64_t g = 0; g < groups; g++) winners_[g] = highest(scores + g * kLanes, kLanes);
-        std::fill(winners_ + groups, winners_ + all, kOut);
-        for (int64_t i = 0; i < at_.select_block_count; i++) {
-            float best = highest(winners_, all);
-            if (best == kOut) { // fewer blocks than asked for, or scores that are no numbers
-                ids[i] = int32_t(i);
-                continue;
-            }
-            int64_t g = find(winners_, best);
-            float *group = scores + g * kLanes;
-            int64_t s = find(group, best);
-            ids[i] = int32_t(g * kLanes + s);
-            put(group, s, kOut);
-            put(winners_, g, highest(group, kLanes));
-        }
+    struct Query {
+        float *scores; // in whole vectors; written over
+        int64_t own, candidates; // its block; the blocks it may choose, from the first on
+        int32_t *ids;
+    };
+
+    Chooser(const NsaCompressed &at, int64_t blocks)
+        : at_(at), size_(round_up(ceil_div(blocks, kLanes), kLanes)), winners_(kTogether * size_) {}
+
+    void choose(const Query *queries, int n) {
+        for (int j = 0; j < n; j++) begin(queries[j], winners(j));
+        for (int64_t i = 0; i < at_.select_block_count; i++)
+            for (int j = 0; j < n; j++) queries[j].ids[i] = int32_t(next(queries[j], winners(j), i));
     }
 
   private:
     static constexpr float kOut = -INFINITY;
 
+    float *winners(int j) const { return winners_ + j * size_; }
+    static int64_t groups(const Query &query) { return ceil_div(query.candidates, kLanes); }
+
+    void begin(const Query &query, float *winners) const {
+        int64_t local = std::max<int64_t>(query.own - at_.local_blocks + 1, 0), count = groups(query);
+        float *scores = query.scores, *stop = scores + query.candidates;
+        std::fill(scores, std::min(scores + at_.init_blocks, stop), INFINITY);
+        std::fill(std::min(scores + local, stop), stop, INFINITY);
+        std::fill(stop, scores + count * kLanes, kOut);
+        for (int64_t g = 0; g < count; g++) winners[g] = highest(scores + g * kLanes, kLanes);
+        std::fill(winners + count, winners + round_up(count, kLanes), kOut);
+    }
+    static int64_t next(const Query &query, float *winners, int64_t i) {
+        float best = highest(winners, round_up(groups(query), kLanes));
+        if (best == kOut) return i; // fewer blocks than asked for, or scores that are no numbers
+        int64_t g = find(winners, best);
+        float *group = query.scores + g * kLanes;
+        int64_t s = find(group, best);
+        put(group, s, kOut);
+        put(winners, g, highest(group, kLanes));
+        return g * kLanes + s;
+    }
+
     const NsaCompressed &at_;
+    int64_t size_;
     Buffer<float> winners_;
 };
 
@@ -112,7 +128,7 @@ class Scores {
   public:
     Scores(const NsaCompressed &at, int64_t tiles, int64_t blocks)
         : importance_(at), most_(round_up(blocks, kLanes)), seen_(tiles), by_lane_(tiles * most_ * kLanes), carry_(tiles * kLanes),
-          row_(most_ + 2 * kLanes) {}
+          rows_(Chooser::kTogether * (most_ + 2 * kLanes)) {}
 
     void begin(int64_t blocks) {
         blocks_ = blocks;
@@ -151,63 +167,119 @@ class Scores {
         float &beside = scores[seen_[tile] - importance_.shift()]; // what no panel has come for
         for (int64_t lane = first; lane < last; lane++) beside += carry_[tile * kLanes + lane] * inverse[lane];
     }
-    float *row() { return row_ + kLanes; }
+    // Room for the scores of one of some queries.
+    float *row(int i) { return rows_ + i * (most_ + 2 * kLanes) + kLanes; }
 
   private:
     Importance importance_;
     int64_t most_, blocks_ = 0;
     std::vector<int64_t> seen_; // blocks of a tile of lanes, in whole vectors
     Buffer<float> by_lane_, carry_; // Importance::put
-    Buffer<float> row_;             // with room before and behind, where the edges of panels come to lie
+    Buffer<float> rows_;            // with room before and behind, where the edges of panels come to lie
 };
 
 // What one pass over the compressed keys is asked for.
 struct CompressedPass {
     const NsaCompressed &at;
     int64_t first_row, last_row, most_blocks;
-    int32_t *ids;     // or nullptr
-    float *scores;    // or nullptr
-    void *attention;  // or nullptr
-    float *row_max, *row_sum;
+    int32_t *ids;  // or nullptr
+    float *scores; // or nullptr
+    bool attend;
 
     int64_t blocks(int64_t b) const { return at.sel_end[b] - (b ? at.sel_end[b - 1] : 0); }
+    bool scored() const { return scores || at.select_block_count; }
+    // Queries of a chunk whose scores fit into the second cache.
+    int64_t chunk_size(const Lanes &lanes) const {
+        int64_t bytes = std::max<int64_t>(scored() ? most_blocks * kLanes * 4 : 0, 1);
+        return lanes.queries(std::min<int64_t>(std::max<int64_t>((2 << 18) / bytes, kTiles), kChunkTiles));
+    }
 };
 
-// Scores of one query, all its tiles of lanes summed.
+// Scores of one query, all its tiles of lanes summed, in the i-th row.
 template <class E>
-inline float *score_query(Forward<E> &forward, Scores &scores, const Lanes &lanes, int64_t query) {
+inline float *score_query(Forward<E> &forward, Scores &scores, const Lanes &lanes, int64_t query, int i) {
     int64_t tile = query / lanes.queries_per_tile * lanes.tiles_per_query, first = query % lanes.queries_per_tile * lanes.heads;
-    for (int64_t i = 0; i < lanes.tiles_per_query; i++) {
-        int64_t used = std::min(lanes.heads, lanes.group - i * kLanes); // the last tile may have heads to spare
-        scores.sum(tile + i, forward.tile(tile + i), first, first + used, i == 0, scores.row());
+    for (int64_t j = 0; j < lanes.tiles_per_query; j++) {
+        int64_t used = std::min(lanes.heads, lanes.group - j * kLanes); // the last tile may have heads to spare
+        scores.sum(tile + j, forward.tile(tile + j), first, first + used, j == 0, scores.row(i));
     }
-    return scores.row();
+    return scores.row(i);
 }
 
-template <class E>
-inline void choose_blocks(const Problem &problem, const CompressedPass &pass, const Chunk &chunk, const Lanes &lanes,
-                          Forward<E> &forward, Scores &scores, Chooser &chooser) {
-    const Sample &sample = *chunk.sample;
-    int64_t count = pass.at.select_block_count, blocks = pass.blocks(chunk.sample - problem.samples.data());
-    for (int64_t token = chunk.start; token < chunk.stop; token++) {
-        int64_t position = sample.position(token), own = position / pass.at.select_block_size;
-        if (pass.scores) {
-            float *to = pass.scores + ((token - pass.first_row) * problem.at.kv_heads + chunk.head) * pass.most_blocks;
-            memcpy(to, score_query(forward, scores, lanes, token - chunk.start), blocks * sizeof(float));
-            std::fill(to + blocks, to + pass.most_blocks, 0.f);
-        }
-        if (!pass.ids) continue;
-        int32_t *ids = pass.ids + (token * problem.at.kv_heads + chunk.head) * count;
-        if (position < pass.at.select_block_size * count) {
-            for (int64_t i = 0; i < count; i++) ids[i] = int32_t(i);
-        } else {
-            int64_t candidates = std::min(blocks, own + (pass.at.own_block ? 1 : 0));
-            chooser.choose(score_query(forward, scores, lanes, token - chunk.start), own, candidates, ids);
+// Forward of compressed windows, chunk by chunk; the chunks are of `CompressedPass::chunk_size`, or shorter.
+template <class E> class CompressedAttention {
+  public:
+    // What a thread needs for it.
+    struct Choice {
+        Scores scores;
+        Chooser chooser;
+    };
+
+    CompressedAttention(const Problem &problem, const CompressedPass &pass, const NsaTensor &query, const ForwardKeys<E> &keys)
+        : problem_(problem), pass_(pass), query_(query), keys_(keys),
+          sight_{0, pass.at.compress_block_size, pass.at.compress_stride}, lanes_(problem.group) {}
+
+    Choice choice() const {
+        int64_t tiles = pass_.scored() ? lanes_.tiles(pass_.chunk_size(lanes_)) : 0;
+        return {Scores(pass_.at, tiles, pass_.most_blocks), Chooser(pass_.at, pass_.most_blocks)};
+    }
+    void run(const Chunk &chunk, Forward<E> &forward, Choice &choice) const {
+        const Sample &sample = *chunk.sample;
+        // Early rows have no choice: their scores are not needed.
+        int64_t early = pass_.at.select_block_size * pass_.at.select_block_count;
+        bool score = pass_.scores || (pass_.scored() && sample.position(chunk.stop - 1) >= early);
+        forward.begin(chunk, lanes_, query_, [&](int64_t token) { return sight_.of(sample, sample.position(token)); }, never);
+        if (score) choice.scores.begin(blocks(chunk));
+        auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
+        pair_up<kTiles>(sample, keys_.tiles, sight_, tile, lanes_.tiles(chunk.size()), [&](int64_t k, const int64_t *some, int n) {
+            if (!score) return forward.template attend<false>(keys_.tile(chunk, k), some, n);
+            forward.template attend<false, true>(keys_.tile(chunk, k), some, n, [&](int64_t i, const float *weights, const float *factor, const Span &seen) {
+                choice.scores.add(i, weights, factor, seen);
+            });
+        });
+        if (pass_.scores) write_scores(chunk, forward, choice.scores);
+        if (pass_.ids) choose(chunk, forward, choice);
+    }
+
+  private:
+    int64_t blocks(const Chunk &chunk) const { return pass_.blocks(chunk.sample - problem_.samples.data()); }
+
+    void write_scores(const Chunk &chunk, Forward<E> &forward, Scores &scores) const {
+        for (int64_t token = chunk.start; token < chunk.stop; token++) {
+            float *to = pass_.scores + ((token - pass_.first_row) * problem_.at.kv_heads + chunk.head) * pass_.most_blocks;
+            memcpy(to, score_query(forward, scores, lanes_, token - chunk.start, 0), blocks(chunk) * sizeof(float));
+            std::fill(to + blocks(chunk), to + pass_.most_blocks, 0.f);
         }
     }
-}
+    void choose(const Chunk &chunk, Forward<E> &forward, Choice &choice) const {
+        Chooser::Query some[Chooser::kTogether];
+        int n = 0;
+        for (int64_t token = chunk.start; token < chunk.stop; token++) {
+            int64_t count = pass_.at.select_block_count, position = chunk.sample->position(token);
+            int64_t own = position / pass_.at.select_block_size;
+            int32_t *ids = pass_.ids + (token * problem_.at.kv_heads + chunk.head) * count;
+            if (own < count) {
+                for (int64_t i = 0; i < count; i++) ids[i] = int32_t(i);
+                continue;
+            }
+            float *scores = score_query(forward, choice.scores, lanes_, token - chunk.start, n);
+            some[n++] = {scores, own, std::min(blocks(chunk), own + (pass_.at.own_block ? 1 : 0)), ids};
+            if (n < Chooser::kTogether) continue;
+            choice.chooser.choose(some, n);
+            n = 0;
+        }
+        choice.chooser.choose(some, n);
+    }
 
-// Chunks of the rows asked for, so small that their scores fit into the second cache.
+    const Problem &problem_;
+    const CompressedPass &pass_;
+    const NsaTensor &query_;
+    const ForwardKeys<E> &keys_;
+    Sight sight_;
+    Lanes lanes_;
+};
+
+// Chunks of the rows asked for.
 inline std::vector<Chunk> compressed_chunks(const Problem &problem, const CompressedPass &pass, int64_t size) {
     std::vector<Chunk> some;
     for (Chunk chunk : chunks(problem, size)) {
@@ -220,41 +292,17 @@ inline std::vector<Chunk> compressed_chunks(const Problem &problem, const Compre
 
 template <class E>
 void compressed_pass(const Problem &problem, const CompressedPass &pass, const NsaTensor &query, const NsaTensor &key,
-                     const NsaTensor &value) {
-    if (pass.attention) problem.will_write(pass.attention, problem.at.v_dim);
-    Sight sight{0, pass.at.compress_block_size, pass.at.compress_stride};
-    KeyTiles tiles(problem, kKeys); // large: sums of values are read and written once a tile
-    PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, {kColumns});
-    std::initializer_list<Form> none, panels = {kPanels};
-    PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, pass.attention ? panels : none);
+                     const NsaTensor &value, const Results &to) {
+    if (pass.attend) problem.will_write(to.attention, problem.at.v_dim);
+    ForwardKeys<E> keys(problem, kKeys, key, value, pass.attend); // large tiles: sums of values are read and written once a tile
+    CompressedAttention<E> compressed(problem, pass, query, keys);
     Lanes lanes(problem.group);
-    bool scored = pass.scores || pass.at.select_block_count;
-    int64_t bytes = std::max<int64_t>(scored ? pass.most_blocks * kLanes * 4 : 0, 1);
-    int64_t size = lanes.queries(std::min<int64_t>(std::max<int64_t>((2 << 18) / bytes, kTiles), kChunkTiles));
+    int64_t size = pass.chunk_size(lanes);
     auto work = compressed_chunks(problem, pass, size);
     parallel<typename E::Session>(problem.at.threads, int64_t(work.size()), [&] {
-        int64_t most = lanes.tiles(size);
-        return [&, forward = Forward<E>(problem, most, pass.attention), chooser = Chooser(pass.at, pass.most_blocks),
-                scores = Scores(pass.at, scored ? most : 0, pass.most_blocks)](int64_t task) mutable {
-            const Chunk &chunk = work[task];
-            const Sample &sample = *chunk.sample;
-            int64_t b = chunk.sample - problem.samples.data(), first = tiles.first[b], count = lanes.tiles(chunk.size());
-            // Early rows have no choice: their scores are not needed.
-            int64_t early = pass.at.select_block_size * pass.at.select_block_count;
-            bool score = pass.scores || (scored && sample.position(chunk.stop - 1) >= early);
-            forward.begin(chunk, lanes, query, [&](int64_t token) { return sight.of(sample, sample.position(token)); }, never);
-            if (score) scores.begin(pass.blocks(b));
-            auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
-            pair_up<kTiles>(sample, tiles, sight, tile, count, [&](int64_t k, const int64_t *some, int n) {
-                const typename E::In *v = pass.attention ? values.at(kPanels, first + k, chunk.head) : nullptr;
-                KeyTile<E> keys_of{keys.at(kColumns, first + k, chunk.head), v, tiles.span(k, sample.keys)};
-                if (!score) return forward.attend(keys_of, some, n);
-                forward.template attend<true>(keys_of, some, n, [&](int64_t i, const float *weights, const float *factor, const Span &seen) {
-                    scores.add(i, weights, factor, seen);
-                });
-            });
-            choose_blocks(problem, pass, chunk, lanes, forward, scores, chooser);
-            if (pass.attention) forward.finish(chunk, lanes, pass.attention, pass.row_max, pass.row_sum);
+        return [&, forward = Forward<E>(problem, lanes.tiles(size), pass.attend), choice = compressed.choice()](int64_t task) mutable {
+            compressed.run(work[task], forward, choice);
+            if (pass.attend) forward.finish(work[task], lanes, to);
         };
     });
 }

@@ -30,29 +30,41 @@ inline void pair_up(const Sample &sample, const KeyTiles &keys, const Sight &sig
 
 inline bool never(int64_t) { return false; }
 
+// Forward of the sliding window, chunk by chunk.
+template <class E> class WindowAttention {
+  public:
+    WindowAttention(const Problem &problem, int64_t window_size, const NsaTensor &query, const ForwardKeys<E> &keys)
+        : query_(query), keys_(keys), sight_{window_size, 0, 0}, lanes_(problem.group) {}
+
+    void run(const Chunk &chunk, Forward<E> &forward) const {
+        const Sample &sample = *chunk.sample;
+        auto see = [&](int64_t token) { return sight_.of(sample, sample.position(token)); };
+        forward.begin(chunk, lanes_, query_, see, never);
+        auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
+        pair_up<kTiles>(sample, keys_.tiles, sight_, tile, lanes_.tiles(chunk.size()), [&](int64_t k, const int64_t *some, int n) {
+            forward.template attend<E::kRough>(keys_.tile(chunk, k), some, n);
+        });
+    }
+
+  private:
+    const NsaTensor &query_;
+    const ForwardKeys<E> &keys_;
+    Sight sight_;
+    Lanes lanes_;
+};
+
 template <class E>
 void window_forward(const Problem &problem, int64_t window_size, const NsaTensor &query, const NsaTensor &key,
-                    const NsaTensor &value, void *attention, float *row_max, float *row_sum) {
-    Sight sight{window_size, 0, 0};
-    problem.will_write(attention, problem.at.v_dim);
-    KeyTiles tiles(problem, kDenseKeys);
-    PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, {kColumns});
-    PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, {kPanels});
+                    const NsaTensor &value, const Results &to) {
+    problem.will_write(to.attention, problem.at.v_dim);
+    ForwardKeys<E> keys(problem, kDenseKeys, key, value);
+    WindowAttention<E> window(problem, window_size, query, keys);
     Lanes lanes(problem.group);
-    int64_t size = lanes.queries(kChunkTiles);
-    auto work = chunks(problem, size);
+    auto work = chunks(problem, lanes.queries(kChunkTiles));
     parallel<typename E::Session>(problem.at.threads, int64_t(work.size()), [&] {
-        return [&, forward = Forward<E>(problem, lanes.tiles(size))](int64_t task) mutable {
-            const Chunk &chunk = work[task];
-            const Sample &sample = *chunk.sample;
-            int64_t first_tile = tiles.first[chunk.sample - problem.samples.data()];
-            forward.begin(chunk, lanes, query, [&](int64_t token) { return sight.of(sample, sample.position(token)); }, never);
-            auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
-            pair_up<kTiles>(sample, tiles, sight, tile, lanes.tiles(chunk.size()), [&](int64_t k, const int64_t *some, int n) {
-                forward.attend({keys.at(kColumns, first_tile + k, chunk.head), values.at(kPanels, first_tile + k, chunk.head),
-                                tiles.span(k, sample.keys)}, some, n);
-            });
-            forward.finish(chunk, lanes, attention, row_max, row_sum);
+        return [&, forward = Forward<E>(problem, lanes.most_tiles(kChunkTiles))](int64_t task) mutable {
+            window.run(work[task], forward);
+            forward.finish(work[task], lanes, to);
         };
     });
 }

@@ -145,6 +145,14 @@ int nsa_block_scores(const NsaAttention *at, const NsaCompressed *compressed, co
     return call<&Table::block_scores>(at, compressed, query, key, first_row, last_row, scores);
 }
 
+int nsa_sparse_attention_forward(const NsaAttention *at, const int64_t *token_end, const NsaCompressed *compressed,
+                                 int64_t window_size, const NsaTensor *query, const NsaTensor *keys, const NsaTensor *values,
+                                 int32_t gate_type, const void *gate, void *out, int32_t *ids, void *const *attentions,
+                                 float *const *row_maxes, float *const *row_sums) {
+    return call<&Table::sparse_attention_forward>(at, token_end, compressed, window_size, query, keys, values, gate_type, gate,
+                                                  out, ids, attentions, row_maxes, row_sums);
+}
+
 int nsa_gated_sum_forward(int32_t type, int32_t gate_type, int32_t threads, int64_t tokens, int64_t heads, int64_t dim,
                           const void *gate, const NsaTensor *branches, void *out) {
     return call<&Table::gated_sum_forward>(type, gate_type, threads, tokens, heads, dim, gate, branches, out);

@@ -113,7 +113,7 @@ struct Gated {
     Range rows(int64_t task) const { // of a token and a head
         return {task * kGatedTokens * heads, std::min(tokens, (task + 1) * kGatedTokens) * heads};
     }
-    // How far the gates of a task's rows are open.
+    // How far the gates of rows are open, up to as many as a task has.
     Buffer<float> open() const { return Buffer<float>(round_up(kGatedTokens * heads * 3, kWidth)); }
     void open(Range rows, float *to) const {
         int64_t count = (rows.last - rows.first) * 3;
@@ -127,24 +127,29 @@ struct Gated {
     const void *row(int64_t branch, int64_t i) const { return row_of(branches[branch], type, i / heads, i % heads); }
 };
 
+// Sums a row of each branch, as far as its gate is open. `sums`: room for a row.
+inline void mix(int32_t type, int64_t dim, const void *const *branches, const float *open, float *sums, void *to) {
+    with_type(type, [=](auto as) {
+        using Stored = typename decltype(as)::Stored;
+        const Stored *from[3];
+        for (int j = 0; j < 3; j++) from[j] = static_cast<const Stored *>(branches[j]);
+        float *__restrict mixed = sums;
+        for (int64_t d = 0; d < dim; d++)
+            mixed[d] = as.read(from[0][d]) * open[0] + as.read(from[1][d]) * open[1] + as.read(from[2][d]) * open[2];
+    });
+    write_row<true>(type, sums, dim, to);
+}
+
 inline void gated_sum_forward(const Gated &at, void *out) {
     prefer_huge_pages(out, at.tokens * at.heads * at.dim * type_size(at.type));
-    parallel(at.threads, at.tasks(), [&] {
+    parallel<Simd::Session>(at.threads, at.tasks(), [&] {
         return [&, open = at.open(), mixed = Buffer<float>(at.dim)](int64_t task) {
             Range rows = at.rows(task);
             at.open(rows, open);
-            with_type(at.type, [&](auto as) {
-                using Stored = typename decltype(as)::Stored;
-                for (int64_t i = rows.first; i < rows.last; i++) {
-                    const float *by = open + (i - rows.first) * 3;
-                    const Stored *from[3];
-                    for (int j = 0; j < 3; j++) from[j] = static_cast<const Stored *>(at.row(j, i));
-                    float *__restrict to = mixed;
-                    for (int64_t d = 0; d < at.dim; d++)
-                        to[d] = as.read(from[0][d]) * by[0] + as.read(from[1][d]) * by[1] + as.read(from[2][d]) * by[2];
-                    write_row<true>(at.type, mixed, at.dim, row_of(out, at.type, i, at.dim));
-                }
-            });
+            for (int64_t i = rows.first; i < rows.last; i++) {
+                const void *from[3] = {at.row(0, i), at.row(1, i), at.row(2, i)};
+                mix(at.type, at.dim, from, open + (i - rows.first) * 3, mixed, row_of(out, at.type, i, at.dim));
+            }
         };
     });
 }

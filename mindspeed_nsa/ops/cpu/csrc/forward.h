@@ -23,6 +23,24 @@ template <class E> struct KeyTile {
     }
 };
 
+// Keys, and values where they are asked for, as forward multiplies them.
+template <class E> struct ForwardKeys {
+    const Problem &problem;
+    const KeyTiles tiles;
+    const PackedKeys<E> keys, values;
+
+    ForwardKeys(const Problem &problem, int64_t tile_size, const NsaTensor &key, const NsaTensor &value, bool with_values = true)
+        : problem(problem), tiles(problem, tile_size), keys(problem, tiles, key, problem.at.qk_dim, {kColumns}),
+          values(problem, tiles, value, problem.at.v_dim, with_values ? Forms{kPanels} : Forms{}) {}
+    ForwardKeys(const ForwardKeys &) = delete; // what is packed refers to the tiles
+
+    // The k-th tile of a chunk's sample.
+    KeyTile<E> tile(const Chunk &chunk, int64_t k) const {
+        int64_t i = tiles.first[chunk.sample - problem.samples.data()] + k;
+        return {keys.at(kColumns, i, chunk.head), values.at(kPanels, i, chunk.head), tiles.span(k, chunk.sample->keys)};
+    }
+};
+
 // Which keys from the i-th of a tile on a lane sees.
 inline vi keys_seen(const LaneTile &tile, int lane, const Span &keys, int64_t i) {
     vi at = load(kCount) + int32_t(keys.start + i);
@@ -79,8 +97,8 @@ inline void find_highest(const float *logits, const Span &keys, float slope, Lan
 }
 
 // Weights of a key tile, relative to the level: as rows of the engine's and, where `keep`, in place of the logits.
-// `careful`: with keys that are not seen, or logits that are not tame.
-template <class E, int rows, bool careful, bool keep>
+// `careful`: with keys that are not seen, or logits that are not tame. `rough`: of exp2.
+template <class E, int rows, bool careful, bool keep, bool rough>
 inline void weigh(float *logits, const Span &keys, float slope, LaneTile &tile, typename E::In *weights) {
     vf total[kLanes];
     alignas(64) float totals[kLanes];
@@ -95,7 +113,7 @@ inline void weigh(float *logits, const Span &keys, float slope, LaneTile &tile, 
                 for (int k = 0; k < 2; k++) {
                     float *at = logits + (i + k * kLanes + lane) * kLanes + j;
                     vf x = load(at) * slope - level;
-                    weight[k] = exp2(careful ? smaller(splat(kSlack), x) : x);
+                    weight[k] = exp2<rough>(careful ? smaller(splat(kSlack), x) : x);
                     if (careful) weight[k] = pick(keys_seen(tile, lane, keys, i + k * kLanes + j), weight[k], vf{});
                     total[lane] += weight[k];
                     if (keep) store(at, weight[k]);
@@ -115,6 +133,12 @@ template <class Run> inline void with_rows(int64_t rows, const Run &run) {
     if (rows == 3 * kDepth) return run(std::integral_constant<int, 3 * kDepth>());
     run(std::integral_constant<int, 4 * kDepth>());
 }
+
+// Where the rows of an attention go: attention [T1, N1, D2], and the statistics [T1, N1].
+struct Results {
+    void *attention;
+    float *row_max, *row_sum;
+};
 
 template <class E> class Forward {
   public:
@@ -148,9 +172,9 @@ template <class E> class Forward {
         }
     }
 
-    // Let `n` tiles of lanes attend to a key tile. `observe(tile, weights, factor)` sees each tile's weights, in panels of 16 keys, and
-    // the factors of what was before, or nullptr.
-    template <bool observed, class Observe>
+    // Let `n` tiles of lanes attend to a key tile. `rough`: as closely as the engine's weights need, which are not scores.
+    // `observe(tile, weights, factor)` sees each tile's weights, in panels of 16 keys, and the factors of what was before, or nullptr.
+    template <bool rough, bool observed, class Observe>
     void attend(KeyTile<E> keys, const int64_t *tiles, int n, const Observe &observe) {
         keys.trim(LaneTile::seen(keys.span, tiles, n, [&](int64_t i) -> const LaneTile & { return tile_[i]; }), problem_.qk_pad);
         int64_t rows = keys.span.rows, panels = problem_.v_pad / kLanes;
@@ -161,7 +185,7 @@ template <class E> class Forward {
                                          rows / kLanes, problem_.qk_pad * kLanes, {logits_, logits_ + kPanel}});
             for (int j = i; j < std::min(i + 2, n); j++)
                 with_rows(rows, [&](auto constant) {
-                    weigh_tile<constant, observed>(keys.span, tiles[j], logits_ + (j - i) * kPanel, weights_ + j * kPanel, observe);
+                    weigh_tile<constant, rough, observed>(keys.span, tiles[j], logits_ + (j - i) * kPanel, weights_ + j * kPanel, observe);
                 });
         }
         for (int i = 0; attend_ && i < n; i += 2) {
@@ -172,12 +196,12 @@ template <class E> class Forward {
             sum(tile_[tiles[i]], tile_[tiles[last]], values);
         }
     }
-    void attend(const KeyTile<E> &keys, const int64_t *tiles, int n) {
-        attend<false>(keys, tiles, n, [](int64_t, const float *, const float *, const Span &) {});
+    template <bool rough> void attend(const KeyTile<E> &keys, const int64_t *tiles, int n) {
+        attend<rough, false>(keys, tiles, n, [](int64_t, const float *, const float *, const Span &) {});
     }
 
-    // Write a chunk's rows.
-    void finish(const Chunk &chunk, const Lanes &lanes, void *attention, float *row_max, float *row_sum) {
+    // Write a chunk's rows. `copy`: what is written to `attention` once more, [the chunk's queries, heads of the group, D2], or nullptr.
+    void finish(const Chunk &chunk, const Lanes &lanes, const Results &to, void *copy = nullptr) {
         for (int64_t i = 0; i < tiles_; i++) {
             alignas(64) float inverse[kLanes], most[kLanes], sums[kLanes];
             const LaneTile &tile = tile_[i];
@@ -193,10 +217,13 @@ template <class E> class Forward {
             for (int lane = 0; lane < kLanes; lane++) {
                 if (!rows.used[lane]) continue;
                 int64_t at = rows.token[lane] * problem_.at.query_heads + rows.head[lane], dim = problem_.at.v_dim;
-                row_max[at] = tile.blind[lane] && tile.total[lane] > 0 ? kLowest : most[lane];
-                row_sum[at] = sums[lane];
-                write_row<true>(problem_.at.type, dim, row_of(attention, problem_.at.type, at, dim),
-                                [&](int64_t d) { return load(out(i) + panel_at(d, lane, kLanes)) * inverse[lane]; });
+                to.row_max[at] = tile.blind[lane] && tile.total[lane] > 0 ? kLowest : most[lane];
+                to.row_sum[at] = sums[lane];
+                auto row = [&](int64_t d) { return load(out(i) + panel_at(d, lane, kLanes)) * inverse[lane]; };
+                write_row<true>(problem_.at.type, dim, row_of(to.attention, problem_.at.type, at, dim), row);
+                if (!copy) continue;
+                int64_t beside = (rows.token[lane] - chunk.start) * lanes.group + rows.head[lane] - chunk.head * lanes.group;
+                write_row(problem_.at.type, dim, row_of(copy, problem_.at.type, beside, dim), row);
             }
         }
     }
@@ -214,7 +241,7 @@ template <class E> class Forward {
         }
         first.fresh = second.fresh = false;
     }
-    template <int rows, bool observed, class Observe>
+    template <int rows, bool rough, bool observed, class Observe>
     void weigh_tile(const Span &keys, int64_t i, float *logits, In *weights, const Observe &observe) {
         alignas(64) float highest[kLanes], factor[kLanes];
         LaneTile &tile = tile_[i];
@@ -226,9 +253,9 @@ template <class E> class Forward {
         bool raised = raise_level(tile, highest, factor);
         if (raised && !tile.fresh) rescale(out(i), problem_.v_pad / kLanes, factor);
         if (masked || !tile.tame)
-            weigh<E, rows, true, observed>(logits, keys, problem_.slope, tile, weights);
+            weigh<E, rows, true, observed, rough>(logits, keys, problem_.slope, tile, weights);
         else
-            weigh<E, rows, false, observed>(logits, keys, problem_.slope, tile, weights);
+            weigh<E, rows, false, observed, rough>(logits, keys, problem_.slope, tile, weights);
         if (!observed) return;
         observe(i, logits, raised ? factor : nullptr, keys);
     }

@@ -16,6 +16,7 @@ namespace NSA_ISA {
 #include "compressed.h"
 #include "select.h"
 #include "elementwise.h"
+#include "whole.h"
 
 namespace {
 
@@ -42,7 +43,7 @@ template <class Run> int with_engine(int32_t type, const Run &run) {
 int window_forward(const NsaAttention *at, int64_t window_size, const NsaTensor *query, const NsaTensor *key,
                    const NsaTensor *value, void *attention, float *row_max, float *row_sum) {
     return with_engine(at->type, [&](auto engine) {
-        nsa::NSA_ISA::window_forward<decltype(engine)>(Problem(*at), window_size, *query, *key, *value, attention, row_max, row_sum);
+        nsa::NSA_ISA::window_forward<decltype(engine)>(Problem(*at), window_size, *query, *key, *value, {attention, row_max, row_sum});
     });
 }
 
@@ -61,7 +62,7 @@ int window_backward(const NsaAttention *at, int64_t window_size, const NsaTensor
 int select_forward(const NsaAttention *at, const NsaSelected *selected, const NsaTensor *query, const NsaTensor *key,
                    const NsaTensor *value, void *attention, float *row_max, float *row_sum) {
     return with_engine(at->type, [&](auto engine) {
-        nsa::NSA_ISA::select_forward<decltype(engine)>(Problem(*at), *selected, *query, *key, *value, attention, row_max, row_sum);
+        nsa::NSA_ISA::select_forward<decltype(engine)>(Problem(*at), *selected, *query, *key, *value, {attention, row_max, row_sum});
     });
 }
 
@@ -87,8 +88,8 @@ int compress_attention_forward(const NsaAttention *at, const NsaCompressed *comp
     return with_engine(at->type, [&](auto engine) {
         Problem problem(*at);
         int32_t *chosen = compressed->select_block_count ? ids : nullptr;
-        CompressedPass pass{*compressed, 0, problem.queries(), most_blocks(*at, *compressed), chosen, nullptr, attention, row_max, row_sum};
-        compressed_pass<decltype(engine)>(problem, pass, *query, *key, *value);
+        CompressedPass pass{*compressed, 0, problem.queries(), most_blocks(*at, *compressed), chosen, nullptr, true};
+        compressed_pass<decltype(engine)>(problem, pass, *query, *key, *value, {attention, row_max, row_sum});
     });
 }
 
@@ -109,8 +110,8 @@ int compress_attention_backward(const NsaAttention *at, const NsaCompressed *com
 int block_scores(const NsaAttention *at, const NsaCompressed *compressed, const NsaTensor *query, const NsaTensor *key,
                  int64_t first_row, int64_t last_row, float *scores) {
     return with_engine(at->type, [&](auto engine) {
-        CompressedPass pass{*compressed, first_row, last_row, most_blocks(*at, *compressed), nullptr, scores, nullptr, nullptr, nullptr};
-        compressed_pass<decltype(engine)>(Problem(*at), pass, *query, *key, NsaTensor{});
+        CompressedPass pass{*compressed, first_row, last_row, most_blocks(*at, *compressed), nullptr, scores, false};
+        compressed_pass<decltype(engine)>(Problem(*at), pass, *query, *key, NsaTensor{}, {});
     });
 }
 
@@ -128,6 +129,21 @@ int compress_backward(int32_t type, int32_t threads, int64_t heads, int64_t dim,
         Pooling at(type, threads, heads, dim, block_size, stride, samples, seq_end);
         compress_backward_input(at, *grad, floats(type, weight, block_size * heads), grad_input);
         compress_backward_weight(at, *grad, *input, grad_weight);
+    });
+}
+
+int sparse_attention_forward(const NsaAttention *at, const int64_t *token_end, const NsaCompressed *compressed, int64_t window_size,
+                             const NsaTensor *query, const NsaTensor *keys, const NsaTensor *values, int32_t gate_type,
+                             const void *gate, void *out, int32_t *ids, void *const *attentions, float *const *row_maxes,
+                             float *const *row_sums) {
+    return with_engine(at->type, [&](auto engine) {
+        WholeProblem problem(*at, token_end);
+        int32_t *chosen = compressed->select_block_count ? ids : nullptr;
+        CompressedPass pass{*compressed, 0, problem.tokens.queries(), most_blocks(*at, *compressed), chosen, nullptr, true};
+        Gated gated{at->type, gate_type, at->threads, pass.last_row, at->query_heads, at->v_dim, gate, nullptr};
+        Results to[3];
+        for (int j = 0; j < 3; j++) to[j] = {attentions[j], row_maxes[j], row_sums[j]};
+        nsa::NSA_ISA::sparse_attention_forward<decltype(engine)>(problem, pass, window_size, *query, keys, values, gated, out, to);
     });
 }
 
@@ -151,7 +167,7 @@ int gated_sum_backward(int32_t type, int32_t gate_type, int32_t threads, int64_t
 
 extern const Table table;
 const Table table = {compress_forward, compress_backward, window_forward, window_backward, select_forward, select_backward,
-                     compress_attention_forward, compress_attention_backward, block_scores, gated_sum_forward, gated_sum_backward};
+                     compress_attention_forward, compress_attention_backward, block_scores, sparse_attention_forward, gated_sum_forward, gated_sum_backward};
 
 } // namespace NSA_ISA
 } // namespace nsa

@@ -108,6 +108,14 @@ NSA_EXPORT int nsa_compress_attention_backward(const NsaAttention *at, const Nsa
 NSA_EXPORT int nsa_block_scores(const NsaAttention *at, const NsaCompressed *compressed, const NsaTensor *query,
                                 const NsaTensor *key, int64_t first_row, int64_t last_row, float *scores);
 
+// What the calls for compressed attention, listed blocks and the sliding window, in this order, give one after another, and their
+// nsa_gated_sum_forward: to the bit. The blocks are those just chosen, causal. `at`: for compressed attention; token_end [B]: prefix
+// sums of the keys of the others. Arrays of 3: keys to row_sums, one of each attention. gate [T1, N1, 3], contiguous, of gate_type.
+NSA_EXPORT int nsa_sparse_attention_forward(const NsaAttention *at, const int64_t *token_end, const NsaCompressed *compressed,
+                                            int64_t window_size, const NsaTensor *query, const NsaTensor *keys,
+                                            const NsaTensor *values, int32_t gate_type, const void *gate, void *out, int32_t *ids,
+                                            void *const *attentions, float *const *row_maxes, float *const *row_sums);
+
 // out [T, N, D] = sum of sigmoid(gate[..., i]) * branches[i]; gate [T, N, 3] contiguous, of gate_type; branches: an array of 3.
 NSA_EXPORT int nsa_gated_sum_forward(int32_t type, int32_t gate_type, int32_t threads, int64_t tokens, int64_t heads, int64_t dim,
                                      const void *gate, const NsaTensor *branches, void *out);

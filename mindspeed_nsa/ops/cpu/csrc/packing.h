@@ -27,13 +27,14 @@ enum Form {
     kPanels,     // the right side of rows of lanes times the tile: panels of 16 dims
     kForms
 };
+using Forms = std::initializer_list<Form>;
 
 // Tiles of keys or values of all heads, in some of the forms.
 template <class E> class PackedKeys {
   public:
     using In = typename E::In;
 
-    PackedKeys(const Problem &problem, const KeyTiles &tiles, const NsaTensor &tensor, int64_t dim, std::initializer_list<Form> forms)
+    PackedKeys(const Problem &problem, const KeyTiles &tiles, const NsaTensor &tensor, int64_t dim, Forms forms)
         : tiles_(tiles), heads_(problem.at.kv_heads), size_(tiles.rows * round_up(dim, kDepth)) {
         int64_t all = tiles.first.back() * heads_;
         for (Form form : forms) packed_[form] = Buffer<In>(all * size_);
@@ -43,7 +44,9 @@ template <class E> class PackedKeys {
             };
         });
     }
-    const In *at(Form form, int64_t tile, int64_t head) const { return packed_[form] + (tile * heads_ + head) * size_; }
+    const In *at(Form form, int64_t tile, int64_t head) const {
+        return packed_[form] ? packed_[form] + (tile * heads_ + head) * size_ : nullptr;
+    }
 
   private:
     void pack(const Problem &problem, const NsaTensor &tensor, int64_t dim, int64_t i, In *scratch) {

@@ -1,7 +1,5 @@
 // Attention over listed blocks. Queries are paired with the tiles of their blocks; a block listed twice is a pair twice.
 
-constexpr int64_t kSelectTiles = 64; // tiles of lanes of a chunk: their sums stay in the second cache
-
 // Which blocks a row lists: `run` gets each that it sees, or all where causality masks them all (its logits are then equal).
 struct Lists {
     const NsaSelected &at;
@@ -79,31 +77,43 @@ inline void pair_up_listed(const ByBlock &by_block, const KeyTiles &keys, const 
     }
 }
 
+// Forward of listed blocks, chunk by chunk. Tiles of keys are blocks, or parts of them.
+template <class E> class SelectAttention {
+  public:
+    SelectAttention(const Problem &problem, const NsaSelected &selected, const NsaTensor &query, const ForwardKeys<E> &keys)
+        : query_(query), keys_(keys), lists_{selected, problem.at.kv_heads}, lanes_(problem.group) {}
+
+    // The lists are read here: they may be written until then.
+    void run(const Chunk &chunk, Forward<E> &forward, ByBlock &by_block) const {
+        const Sample &sample = *chunk.sample;
+        auto see = [&](int64_t token) { return lists_.see(sample, token, chunk.head); };
+        forward.begin(chunk, lanes_, query_, see, [&](int64_t token) { return lists_.blind(sample, token, chunk.head); });
+        by_block.build(lists_, sample, chunk.head, chunk.start, chunk.stop);
+        auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
+        pair_up_listed(by_block, keys_.tiles, lanes_, tile, [&](int64_t k, const int64_t *some, int n) {
+            forward.template attend<E::kRough>(keys_.tile(chunk, k), some, n);
+        });
+    }
+
+  private:
+    const NsaTensor &query_;
+    const ForwardKeys<E> &keys_;
+    Lists lists_;
+    Lanes lanes_;
+};
+
 template <class E>
 void select_forward(const Problem &problem, const NsaSelected &selected, const NsaTensor &query, const NsaTensor &key,
-                    const NsaTensor &value, void *attention, float *row_max, float *row_sum) {
-    problem.will_write(attention, problem.at.v_dim);
-    KeyTiles tiles(problem, selected.block_size);
-    PackedKeys<E> keys(problem, tiles, key, problem.at.qk_dim, {kColumns});
-    PackedKeys<E> values(problem, tiles, value, problem.at.v_dim, {kPanels});
+                    const NsaTensor &value, const Results &to) {
+    problem.will_write(to.attention, problem.at.v_dim);
+    ForwardKeys<E> keys(problem, selected.block_size, key, value);
+    SelectAttention<E> select(problem, selected, query, keys);
     Lanes lanes(problem.group);
-    Lists lists{selected, problem.at.kv_heads};
-    int64_t size = lanes.queries(kSelectTiles);
-    auto work = chunks(problem, size);
+    auto work = chunks(problem, lanes.queries(kChunkTiles));
     parallel<typename E::Session>(problem.at.threads, int64_t(work.size()), [&] {
-        return [&, forward = Forward<E>(problem, lanes.tiles(size)), by_block = ByBlock()](int64_t task) mutable {
-            const Chunk &chunk = work[task];
-            const Sample &sample = *chunk.sample;
-            int64_t first = tiles.first[chunk.sample - problem.samples.data()];
-            auto blind = [&](int64_t token) { return lists.blind(sample, token, chunk.head); };
-            forward.begin(chunk, lanes, query, [&](int64_t token) { return lists.see(sample, token, chunk.head); }, blind);
-            by_block.build(lists, sample, chunk.head, chunk.start, chunk.stop);
-            auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
-            pair_up_listed(by_block, tiles, lanes, tile, [&](int64_t k, const int64_t *some, int n) {
-                forward.attend({keys.at(kColumns, first + k, chunk.head), values.at(kPanels, first + k, chunk.head),
-                                tiles.span(k, sample.keys)}, some, n);
-            });
-            forward.finish(chunk, lanes, attention, row_max, row_sum);
+        return [&, forward = Forward<E>(problem, lanes.most_tiles(kChunkTiles)), by_block = ByBlock()](int64_t task) mutable {
+            select.run(work[task], forward, by_block);
+            forward.finish(work[task], lanes, to);
         };
     });
 }
@@ -114,7 +124,7 @@ template <class E>
 void select_backward_queries(const Problem &problem, const Lists &lists, const Gradients &from, const KeyTiles &tiles,
                              const PackedKeys<E> &keys, const PackedKeys<E> &values, void *grad_query) {
     Lanes lanes(problem.group);
-    int64_t size = lanes.queries(kSelectTiles);
+    int64_t size = lanes.queries(kChunkTiles);
     auto work = chunks(problem, size);
     int64_t panel = problem.qk_pad * kLanes;
     parallel<typename E::Session>(problem.at.threads, int64_t(work.size()), [&] {

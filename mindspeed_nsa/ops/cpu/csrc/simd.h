@@ -85,8 +85,8 @@ class FlushToZero {
 };
 #endif
 
-// 2 to the x, to 2e-7, for x up to 127; below -126 it may be that of -126, or 0.
-inline vf exp2(vf x) {
+// 2 to the x, to 2e-7 or where `rough` to 4e-6, for x up to 127; below -126 it may be that of -126, or 0.
+template <bool rough = false> inline vf exp2(vf x) {
 #if NSA_WIDTH == 16
     vf part = (vf)_mm512_reduce_ps((__m512)x, 0x09); // x - floor(x)
 #else
@@ -94,10 +94,17 @@ inline vf exp2(vf x) {
     vf shifted = x - 0.5f + 12582912.f; // 1.5 * 2^23: the integer part lands in the low bits
     vf part = x - (shifted - 12582912.f);
 #endif
-    vf power = part * 1.86713017e-3f + 9.01702978e-3f;
-    power = power * part + 5.57999127e-2f;
-    power = power * part + 2.40164444e-1f;
-    power = power * part + 6.93151295e-1f;
+    vf power;
+    if (rough) {
+        power = part * 1.35557472e-2f + 5.20323690e-2f;
+        power = power * part + 2.41379763e-1f;
+        power = power * part + 6.93032121e-1f;
+    } else {
+        power = part * 1.86713017e-3f + 9.01702978e-3f;
+        power = power * part + 5.57999127e-2f;
+        power = power * part + 2.40164444e-1f;
+        power = power * part + 6.93151295e-1f;
+    }
     power = power * part + 1.0f;
 #if NSA_WIDTH == 16
     return (vf)_mm512_scalef_ps((__m512)power, (__m512)x);
@@ -309,6 +316,7 @@ template <class In> struct Times {
 
 struct Simd {
     using In = float;
+    static constexpr bool kRough = false; // whether a weight has so few digits that a rough exponential does
 #if NSA_WIDTH == 16
     using Session = FlushToZero; // what a thread needs while it works
 #else

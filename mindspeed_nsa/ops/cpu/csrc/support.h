@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <new>
+#include <optional>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -204,6 +205,8 @@ struct Lanes {
     int64_t head(int64_t tile, int64_t lane) const { return tile % tiles_per_query * kLanes + lane % heads; }
     // Queries that fill so many tiles.
     int64_t queries(int64_t tiles) const { return std::max<int64_t>(tiles / tiles_per_query, 1) * queries_per_tile; }
+    // What those fill, which is more where a query needs more.
+    int64_t most_tiles(int64_t wanted) const { return tiles(queries(wanted)); }
     bool used(int64_t tile, int64_t lane) const { return lane < heads * queries_per_tile && head(tile, lane) < group; }
 };
 

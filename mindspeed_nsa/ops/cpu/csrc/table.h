@@ -14,6 +14,7 @@ struct Table {
     decltype(&nsa_compress_attention_forward) compress_attention_forward;
     decltype(&nsa_compress_attention_backward) compress_attention_backward;
     decltype(&nsa_block_scores) block_scores;
+    decltype(&nsa_sparse_attention_forward) sparse_attention_forward;
     decltype(&nsa_gated_sum_forward) gated_sum_forward;
     decltype(&nsa_gated_sum_backward) gated_sum_backward;
 };
