@@ -371,6 +371,14 @@ def test_the_whole_where_scores_are_too_large_for_a_chunk(dtype, kv_heads):
     cpu_sweep.check_whole(case, *cpu_sweep.operands_of(case))
 
 
+@pytest.mark.parametrize("dtype", HALVES_AND_FLOAT)
+def test_the_whole_of_a_long_sample(dtype):
+    """Past 16,384 keys the attentions run one after another."""
+    sizes = {"lengths": [90, 40], "offsets": [0, 16400], "extra": [0, 0], "group": 2, "kv_heads": 2, "dims": (48, 32)}
+    case = cpu_sweep.draw(random.Random(7), dtype=dtype, sizes=(32, 16, 64, 16), **sizes)
+    cpu_sweep.check_whole(case, *cpu_sweep.operands_of(case))
+
+
 def test_the_whole_refuses_what_it_cannot_read():
     def run(**changed):
         shapes = {

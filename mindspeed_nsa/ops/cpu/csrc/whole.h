@@ -1,4 +1,8 @@
-// The three attentions and their gated sum, a chunk of queries at a time: what the others find is read in the caches.
+// The three attentions and their gated sum. Of arrays, [0] belongs to compressed windows, [1] to listed blocks, [2] to the sliding window.
+
+// Up to so many keys in a sample a chunk of queries goes through all three at once. With more, the keys of one drive out those of
+// the others, and one after another they take less time.
+constexpr int64_t kKeysAtOnce = 16384;
 
 // Problems that differ in their keys.
 struct WholeProblem {
@@ -49,14 +53,13 @@ inline bool same(const NsaTensor &x, const NsaTensor &y) {
     return x.data == y.data && x.token_stride == y.token_stride && x.head_stride == y.head_stride;
 }
 
-// Of arrays, [0] belongs to compressed windows, [1] to listed blocks, [2] to the sliding window.
 template <class E>
-void sparse_attention_forward(const WholeProblem &problem, const CompressedPass &pass, int64_t window_size, const NsaTensor &query,
-                              const NsaTensor *keys, const NsaTensor *values, const Gated &gated, void *out, const Results *to) {
+void attend_at_once(const WholeProblem &problem, const CompressedPass &pass, const NsaSelected &selected, int64_t window_size,
+                    const NsaTensor &query, const NsaTensor *keys, const NsaTensor *values, const Gated &gated, void *out,
+                    const Results *to) {
     const Problem &windows = problem.windows, &tokens = problem.tokens;
     for (int j = 0; j < 3; j++) tokens.will_write(to[j].attention, tokens.at.v_dim);
     tokens.will_write(out, tokens.at.v_dim);
-    NsaSelected selected{pass.at.select_block_size, pass.at.select_block_count, true, false, pass.ids};
     ForwardKeys<E> pooled(windows, kKeys, keys[0], values[0]), listed(tokens, selected.block_size, keys[1], values[1]);
     std::optional<ForwardKeys<E>> newest;
     if (selected.block_size != kDenseKeys || !same(keys[1], keys[2]) || !same(values[1], values[2]))
@@ -85,4 +88,21 @@ void sparse_attention_forward(const WholeProblem &problem, const CompressedPass 
             branches.mix(chunk, out);
         };
     });
+}
+
+template <class E>
+void sparse_attention_forward(const WholeProblem &problem, const CompressedPass &pass, int64_t window_size, const NsaTensor &query,
+                              const NsaTensor *keys, const NsaTensor *values, Gated gated, void *out, const Results *to) {
+    NsaSelected selected{pass.at.select_block_size, pass.at.select_block_count, true, false, pass.ids};
+    int64_t longest = 0, dim = gated.dim;
+    for (const Sample &sample : problem.tokens.samples) longest = std::max(longest, sample.keys);
+    if (longest <= kKeysAtOnce)
+        return attend_at_once<E>(problem, pass, selected, window_size, query, keys, values, gated, out, to);
+    compressed_pass<E>(problem.windows, pass, query, keys[0], values[0], to[0]);
+    select_forward<E>(problem.tokens, selected, query, keys[1], values[1], to[1]);
+    window_forward<E>(problem.tokens, window_size, query, keys[2], values[2], to[2]);
+    NsaTensor branches[3];
+    for (int j = 0; j < 3; j++) branches[j] = {to[j].attention, gated.heads * dim, dim};
+    gated.branches = branches;
+    gated_sum_forward(gated, out);
 }
