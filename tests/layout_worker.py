@@ -53,15 +53,17 @@ def _record_ids() -> list[dict[str, Any]]:
     """Note what every core chooses, where gradients are taken: once a layer and micro batch, recomputed or not."""
     records: list[dict[str, Any]] = []
     chosen: list[torch.Tensor] = []
-    in_order, attend, init = selection.in_order, megatron_core.NSACore._attend, SeededTransformerLayer.__init__
+    attend, of_part = megatron_core.NSACore._attend, attention.NativeSparseAttention._attend
+    init = SeededTransformerLayer.__init__
 
     def number(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         self.self_attention.core_attention.layer_number = self.layer_number
 
-    def note(ids: torch.Tensor) -> torch.Tensor:
-        chosen.append(in_order(ids))
-        return chosen[-1]
+    def note(self: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, ids = of_part(self, *inputs)
+        chosen.append(selection.in_order(ids))
+        return out, ids
 
     def record(self: Any, *inputs: Any) -> torch.Tensor:
         chosen.clear()
@@ -84,7 +86,8 @@ def _record_ids() -> list[dict[str, Any]]:
         )
         return out
 
-    selection.in_order, megatron_core.NSACore._attend, SeededTransformerLayer.__init__ = note, record, number
+    megatron_core.NSACore._attend, attention.NativeSparseAttention._attend = record, note
+    SeededTransformerLayer.__init__ = number
     return records
 
 
