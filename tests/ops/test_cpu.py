@@ -391,12 +391,13 @@ def test_the_whole_refuses_what_it_cannot_read():
             "wv": (9, 2, 6),
         }
         tensors = [torch.zeros(changed.get(name, shape)) for name, shape in (shapes | {"gate": (9, 4, 3)}).items()]
-        at = Compressed(0.5, 4, 4, 4, 2, True, 1, 1, True, "ascend", [9], [2], [3], [0])
+        at = Compressed(0.5, 4, 4, 4, 2, changed.get("causal", True), 1, 1, True, "ascend", [9], [2], [3], [0])
         return cpu.sparse_attention(*(x.to(changed.get("dtype", x.dtype)) for x in tensors), *at, 5, [9])
 
     assert run()[0].shape == (9, 4, 6)
     for changed, words in (
         ({"dtype": torch.float64}, "sparse_attention has torch.float64; allowed: torch.float32, torch.float16, torch.bfloat16"),
+        ({"causal": False}, "sparse_attention is causal by position"),
         ({"gate": (9, 4, 2)}, r"gate is \[9, 4, 2\]"),
         ({"wv": (9, 2, 5)}, r"window_value is \[9, 2, 5\] .* allowed: \[9, 2, 6\]"),
         ({"sk": (8, 2, 8)}, r"kv_len \[9\] must be prefix sums that rise to the 8 given|value is \[9, 2, 6\]"),

@@ -313,14 +313,15 @@ def sparse_attention(
     if foreign:
         raise ValueError(f"sparse_attention has {', '.join(map(str, foreign))}; allowed: {', '.join(map(str, native.TYPES))}")
     at, window_size, kv_len = _whole(settings)
+    if not at.causal:
+        raise ValueError("sparse_attention is causal by position; masks are for compress_attention")
     ends = at.cmp_len, kv_len, kv_len
     commons = [
         _attention(query, *each[:2], at.scale, at.q_len, each[2], at.q_offset) for each in zip(keys, values, ends, strict=True)
     ]
     dim = compress_value.shape[-1]
-    _check_shapes(
-        query, **{f"{x}_value": (v, (*v.shape[:2], dim)) for x, v in zip(("select", "window"), values[1:], strict=True)}
-    )
+    of_select, of_window = (*select_value.shape[:2], dim), (*window_value.shape[:2], dim)
+    _check_shapes(query, select_value=(select_value, of_select), window_value=(window_value, of_window))
     _check_shapes(gate, gate=(gate, (*query.shape[:2], 3)))
     attentions, row_maxes, row_sums = zip(*(_empty_outputs(query, value) for value in values), strict=True)
     out, gate = torch.empty_like(attentions[0]), gate.contiguous()

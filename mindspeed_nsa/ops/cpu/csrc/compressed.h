@@ -233,9 +233,10 @@ template <class E> class CompressedAttention {
         auto tile = [&](int64_t i) -> LaneTile & { return forward.tile(i); };
         pair_up<kTiles>(sample, keys_.tiles, sight_, tile, lanes_.tiles(chunk.size()), [&](int64_t k, const int64_t *some, int n) {
             if (!score) return forward.template attend<false>(keys_.tile(chunk, k), some, n);
-            forward.template attend<false, true>(keys_.tile(chunk, k), some, n, [&](int64_t i, const float *weights, const float *factor, const Span &seen) {
+            auto score_tile = [&](int64_t i, const float *weights, const float *factor, const Span &seen) {
                 choice.scores.add(i, weights, factor, seen);
-            });
+            };
+            forward.template attend<false, true>(keys_.tile(chunk, k), some, n, score_tile);
         });
         if (pass_.scores) write_scores(chunk, forward, choice.scores);
         if (pass_.ids) choose(chunk, forward, choice);

@@ -167,7 +167,8 @@ int gated_sum_backward(int32_t type, int32_t gate_type, int32_t threads, int64_t
 
 extern const Table table;
 const Table table = {compress_forward, compress_backward, window_forward, window_backward, select_forward, select_backward,
-                     compress_attention_forward, compress_attention_backward, block_scores, sparse_attention_forward, gated_sum_forward, gated_sum_backward};
+                     compress_attention_forward, compress_attention_backward, block_scores, sparse_attention_forward,
+                     gated_sum_forward, gated_sum_backward};
 
 } // namespace NSA_ISA
 } // namespace nsa
